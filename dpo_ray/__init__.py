@@ -1,0 +1,1 @@
+"""Iterative preference tuning of language models on a Ray cluster."""

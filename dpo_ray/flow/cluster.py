@@ -1,0 +1,152 @@
+"""The Ray cluster under a run: connect to it, check what fits, and prove that a stage gave back what it held."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import placement_group_table
+
+from dpo_ray.errors import ResourceError
+from dpo_ray.flow.stage import Needs
+
+RELEASE_TIMEOUT_S = 60.0
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS or of a submitted job; else start a local Ray with this machine's cores."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    env_vars = dict(QUIET)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job brings its code in its working_dir
+        checkout = str(Path(__file__).resolve().parents[2])
+        env_vars["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+    ray.init(
+        runtime_env={"env_vars": env_vars},
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+    _quiet_ray_data()
+
+
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _quiet_ray_data() -> None:
+    import ray.data  # only to quiet it: the driver prints its own progress
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def check_fits(stage: str, needs: Needs) -> None:
+    """Raise when the cluster's nodes, all idle, could not hold what the stage needs.
+
+    Raises:
+        ResourceError: the message says what a bundle needs, how many fit, and what the nodes have.
+    """
+    if not needs.count:
+        return
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    fitting = sum(_bundles_on(node, needs) for node in nodes)
+    if fitting < needs.count:
+        have = "; ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
+        raise ResourceError(
+            f"{stage} needs {needs}, but only {fitting} fit on this cluster (nodes: {have}). "
+            f"Lower `resources` of {stage}, or add nodes"
+        )
+
+
+def fits_now(needs: Needs) -> bool:
+    """Whether what is free right now holds the stage and leaves a CPU for Ray Data's tasks."""
+    free = ray.available_resources()
+    cpus_left = free.get("CPU", 0) - needs.count * needs.cpus
+    return cpus_left >= 1 and free.get("GPU", 0) >= needs.count * needs.gpus
+
+
+def _bundles_on(node: Mapping[str, float], needs: Needs) -> int:
+    by_cpu = int(node.get("CPU", 0) / needs.cpus) if needs.cpus else needs.count
+    by_gpu = int(node.get("GPU", 0) / needs.gpus) if needs.gpus else needs.count
+    return min(by_cpu, by_gpu)
+
+
+def held_placement_groups() -> set[str]:
+    """Ids of the placement groups that hold or wait for resources."""
+    return {i for i, g in placement_group_table().items() if g["state"] not in ("REMOVED",)}
+
+
+class Idle:
+    """What was free and held before a stage, to compare with after it (a snapshot; holds nothing)."""
+
+    def __init__(self) -> None:
+        self.free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        self.groups = held_placement_groups()
+
+    def wait(self, what: str, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
+        """Return when CPUs, GPUs and placement groups are as they were.
+
+        Raises:
+            ResourceError: they are not within `timeout_s`; the message names what is still held.
+        """
+        deadline = time.monotonic() + timeout_s
+        while missing := self._missing():
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"{what} ended, but after {timeout_s:g} s still holds {', '.join(missing)}. "
+                    "See `ray list actors` and `ray list placement-groups` for the holder"
+                )
+            time.sleep(0.1)
+
+    def _missing(self) -> list[str]:
+        now = ray.available_resources()
+        held = [f"{v - now.get(k, 0):g} {k}" for k, v in self.free.items() if now.get(k, 0) < v - 1e-6]
+        return held + [f"placement group {g}" for g in sorted(held_placement_groups() - self.groups)]
+
+
+def probe_shared(root: str) -> None:
+    """Write a file below `root` and read it from every node, so that a path only the driver sees fails here.
+
+    Raises:
+        ResourceError: the root cannot be written, or a node does not see it.
+    """
+    from dpo_ray.flow import storage
+
+    probe = f"{root}/.probe-{os.getpid()}"
+    try:
+        storage.write_bytes(probe, b"dpo-ray")
+    except OSError as error:
+        raise ResourceError(f"root {root} cannot be written: {error}. Choose another `root`, or mend its permissions") from error
+    try:
+        for node, error in _read_on_every_node(probe):
+            raise ResourceError(
+                f"root {root} is not seen by node {node}: {error}. Use a path on shared storage, or a URI such as s3://"
+            )
+    finally:
+        fs, path = storage.filesystem(probe)
+        fs.delete_file(path)
+
+
+def _read_on_every_node(probe: str) -> Iterable[tuple[str, str]]:
+    """(node, error) for every node that could not read the probe."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def read() -> str | None:
+        from dpo_ray.flow import storage
+
+        try:
+            return None if storage.read_bytes(probe) == b"dpo-ray" else "it reads other bytes"
+        except OSError as error:
+            return str(error)
+
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    affinity = [NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in nodes]
+    answers = ray.get([read.options(scheduling_strategy=a).remote() for a in affinity])
+    return [(n["NodeManagerAddress"], a) for n, a in zip(nodes, answers, strict=True) if a]

@@ -1,0 +1,243 @@
+"""Row-wise stages: the two ends of every Dataset, and commits part by part.
+
+A part is a fixed, keyed set of rows. `run_parts` makes one block per part (one map task per part descriptor, never
+`read_parquet` over many files, which merges small ones), runs the stage's function on the Dataset, and lets a sink task
+write and commit each part: rows with a DROP_REASON to quarantine/, the rest conformed to the stage's schema, then
+`_parts/<part>.json`, which is the part's commit. Resume is an anti-join over those records.
+
+A stage never removes a row: it marks DROP_REASON, so every part reaches the sink, and the sink checks that every id that
+went in came out once or was dropped by reason.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pydantic import BaseModel
+from ray.data import Dataset
+
+from dpo_ray.errors import SchemaError, StageError
+from dpo_ray.flow import storage
+from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, write_table
+from dpo_ray.flow.fingerprint import fingerprint
+from dpo_ray.flow.stage import StageContext, StageOutput
+from dpo_ray.schemas import conform
+
+PART = "_part"
+DROP_REASON = "drop_reason"
+MAX_PART_BYTES = 64 << 20  # above this Ray splits a block, and a part would no longer be one
+
+
+class Slice(NamedTuple):
+    """Rows start..stop of one committed file."""
+
+    uri: str
+    start: int
+    stop: int
+
+
+class Part(NamedTuple):
+    name: str
+    slices: tuple[Slice, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(s.stop - s.start for s in self.slices)
+
+
+class PartRecord(BaseModel):
+    """The commit of one part."""
+
+    part: str
+    attempt: str
+    """Fingerprint of the stage and of the rows that the part was made of."""
+    file: FileRecord | None
+    """None when every row was dropped."""
+    quarantine: FileRecord | None
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    counters: dict[str, float]
+
+
+class Grain(NamedTuple):
+    """How the rows of a stage are keyed."""
+
+    key_in: str
+    key_out: str
+    schema: pa.Schema
+
+
+def split_into_parts(artifact: Artifact, rows_per_part: int, *, prefix: str = "part-", start: int = 0, stop: int | None = None) -> list[Part]:
+    """Cut rows start..stop of an artifact's table, in file order, into parts of at most `rows_per_part` rows."""
+    parts: list[Part] = []
+    slices: list[Slice] = []
+    room, position = rows_per_part, 0
+    for file in artifact.tables(prefix):
+        rows = file.rows or 0
+        at, end = max(start - position, 0), rows if stop is None else min(stop - position, rows)
+        position += rows
+        while at < end:
+            take = min(room, end - at)
+            slices.append(Slice(artifact.uri(file), at, at + take))
+            at, room = at + take, room - take
+            if room == 0:
+                parts.append(Part(f"part-{len(parts):05d}", tuple(slices)))
+                slices, room = [], rows_per_part
+    if slices:
+        parts.append(Part(f"part-{len(parts):05d}", tuple(slices)))
+    return parts
+
+
+def run_parts(
+    transform: Callable[[Dataset], Dataset],
+    parts: Sequence[Part],
+    context: StageContext,
+    grain: Grain,
+    *,
+    stage: str,
+    max_dropped: float = 1.0,
+    count: Callable[[pa.Table], Mapping[str, float]] = lambda table: {},
+    directory: str | None = None,
+) -> StageOutput:
+    """Run a Dataset -> Dataset function over the parts that are not committed yet, and commit each.
+
+    Args:
+        transform: The stage's own function; rows carry PART, and DROP_REASON (null: kept).
+        count: Counters of one part's kept rows, e.g. tokens; summed over parts for progress and metrics.
+        directory: Where to write, when it is not the stage's own directory.
+        max_dropped: The stage fails above this share of dropped rows.
+
+    Raises:
+        StageError: there are no rows, rows were lost or doubled, or too many were dropped.
+    """
+    directory = directory or context.directory
+    if not parts:
+        raise StageError(f"{stage}: no rows to work on; the stage before it committed none")
+    attempts = {p.name: fingerprint({"stage": context.fingerprint, "slices": [list(s) for s in p.slices]}) for p in parts}
+    records = _committed(directory, attempts)
+    todo = [p for p in parts if p.name not in records]
+    total = sum(p.rows for p in parts)
+    sink = _make_sink(directory, attempts, {p.name: p.rows for p in parts}, grain, stage, count)
+
+    def report() -> None:
+        counters = sum((Counter(r.counters) for r in records.values()), Counter())
+        context.progress(sum(r.rows_in for r in records.values()), total, counters)
+
+    report()
+    if todo:
+        descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
+        source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
+        loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+        sunk = transform(loaded).map_batches(sink, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+        for row in sunk.iter_rows():
+            record = PartRecord.model_validate_json(row["record"])
+            records[record.part] = record
+            report()
+    return _summary(parts, records, stage, max_dropped)
+
+
+def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
+    """Set DROP_REASON where `reasons` has one; a reason that is already there stays. `reason: detail` counts as `reason`."""
+    column = pa.array(reasons, pa.string())
+    index = table.column_names.index(DROP_REASON)
+    return table.set_column(index, DROP_REASON, pc.coalesce(table[DROP_REASON], column))
+
+
+def _load(descriptors: pa.Table) -> pa.Table:
+    (descriptor,) = descriptors.to_pylist()
+    tables = [read_table(s["uri"]).slice(s["start"], s["stop"] - s["start"]) for s in descriptor["slices"]]
+    table = pa.concat_tables(tables).combine_chunks()
+    if table.nbytes > MAX_PART_BYTES:
+        raise StageError(
+            f"{descriptor['part']} has {table.nbytes >> 20} MiB in {table.num_rows} rows, above {MAX_PART_BYTES >> 20} MiB; "
+            "lower resources.rows_per_part of this stage"
+        )
+    table = table.append_column(PART, pa.array([descriptor["part"]] * table.num_rows))
+    return table.append_column(DROP_REASON, pa.nulls(table.num_rows, pa.string()))
+
+
+def _make_sink(
+    directory: str,
+    attempts: Mapping[str, str],
+    rows_in: Mapping[str, int],
+    grain: Grain,
+    stage: str,
+    count: Callable[[pa.Table], Mapping[str, float]],
+) -> Callable[[pa.Table], pa.Table]:
+    def sink(table: pa.Table) -> pa.Table:
+        (part,) = set(table[PART].to_pylist())
+        kept = table.filter(pc.is_null(table[DROP_REASON]))
+        dropped = table.filter(pc.is_valid(table[DROP_REASON])).drop_columns([PART])
+        _check_keys(stage, part, kept, dropped, rows_in[part], grain)
+        kept = conform(kept, grain.schema, stage, grain.key_in)
+        # A name of its own for every attempt: a zombie task can never overwrite what another one committed.
+        token = uuid.uuid4().hex[:8]
+        record = PartRecord(
+            part=part,
+            attempt=attempts[part],
+            file=write_table(directory, f"{part}-{token}.parquet", kept) if kept.num_rows else None,
+            quarantine=write_table(directory, f"quarantine/{part}-{token}.parquet", dropped) if dropped.num_rows else None,
+            rows_in=rows_in[part],
+            rows_out=kept.num_rows,
+            dropped=dict(Counter(r.split(":")[0] for r in dropped[DROP_REASON].to_pylist())),
+            counters=dict(count(kept)),
+        )
+        data = record.model_dump_json()
+        storage.write_bytes(f"{directory}/_parts/{part}.json", data.encode())
+        return pa.table({"record": [data]})
+
+    return sink
+
+
+def _check_keys(stage: str, part: str, kept: pa.Table, dropped: pa.Table, rows_in: int, grain: Grain) -> None:
+    """Every row that went in came out or was dropped by reason, and no output id stands twice."""
+    kept_in, dropped_in = pc.unique(kept[grain.key_in]), pc.unique(dropped[grain.key_in])
+    if len(kept_in) + len(dropped_in) != rows_in:
+        raise StageError(
+            f"{stage}: {part} has {rows_in} rows in, {len(kept_in)} of them out and {len(dropped_in)} dropped by reason "
+            f"(counted by {grain.key_in}); the sums must agree"
+        )
+    repeated = [v["values"] for v in pc.value_counts(kept[grain.key_out]).to_pylist() if v["counts"] > 1]
+    if repeated:
+        raise SchemaError(f"{stage}: {part} has {grain.key_out}={repeated[0]!r} more than once; ids are unique in a table")
+
+
+def _committed(directory: str, attempts: Mapping[str, str]) -> dict[str, PartRecord]:
+    """Parts that an earlier attempt of the same stage committed; others do not count."""
+    records = {}
+    for name in storage.list_files(f"{directory}/_parts"):
+        record = PartRecord.model_validate(storage.read_json(f"{directory}/_parts/{name}"))
+        if attempts.get(record.part) == record.attempt:
+            records[record.part] = record
+    return records
+
+
+def _summary(parts: Sequence[Part], records: Mapping[str, PartRecord], stage: str, max_dropped: float) -> StageOutput:
+    missing = [p.name for p in parts if p.name not in records]
+    if missing:
+        raise StageError(f"{stage}: {len(missing)} of {len(parts)} parts were not committed, the first is {missing[0]}; run again")
+    ordered = [records[p.name] for p in parts]
+    rows_in = sum(r.rows_in for r in ordered)
+    dropped = sum((Counter(r.dropped) for r in ordered), Counter())
+    if sum(dropped.values()) > max_dropped * rows_in:
+        raise StageError(
+            f"{stage}: {sum(dropped.values())} of {rows_in} rows dropped ({_by_reason(dropped)}), more than the allowed share "
+            f"of {max_dropped:g}; the rows and their reasons are in quarantine/ of the stage. Fix them, or raise max_dropped"
+        )
+    rows_out = sum(r.rows_out for r in ordered)
+    if rows_out == 0:
+        raise StageError(f"{stage}: every one of {rows_in} rows was dropped ({_by_reason(dropped)}); nothing is left to go on with")
+    counters = sum((Counter(r.counters) for r in ordered), Counter())
+    files = [r.file for r in ordered if r.file] + [r.quarantine for r in ordered if r.quarantine]
+    return StageOutput(files, rows_in, rows_out, dict(dropped), dict(counters))
+
+
+def _by_reason(dropped: Mapping[str, Any]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))

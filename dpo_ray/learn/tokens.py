@@ -1,0 +1,130 @@
+"""From chat messages to token ids, and from token ids to a padded batch.
+
+In: messages, or ids as the engine returned them. Out: ids, `Batch`.
+Invariant: sampled text is never tokenised again; `collate` puts the given ids into the batch unchanged.
+
+Shapes: S sequences, T tokens (of the longest sequence).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import jinja2
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_ray.errors import ConfigError
+
+
+class Batch(NamedTuple):
+    """Sequences of prompt and completion, padded on the right."""
+
+    input_ids_ST: torch.Tensor
+    """int64."""
+    completion_mask_ST: torch.Tensor
+    """bool; True on completion tokens, False on the prompt and on padding."""
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local directory or hub id.
+
+    Raises:
+        ConfigError: it has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {path} has no chat template, so prompts cannot be rendered; use an instruction-tuned "
+            "policy, or put the template it was tuned with beside its tokenizer as chat_template.jinja"
+        )
+    return tokenizer
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the ids of a prompt up to where the assistant's turn begins.
+
+    Raises:
+        ConfigError: the template starts the prompt with two BOS tokens.
+        ValueError: the template refuses these messages, or they leave no tokens or a BOS token after the first.
+    """
+    try:
+        # Tokenises without adding special tokens: the template has written all that belong to the prompt.
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=cast(list[dict | Callable] | None, tools),
+            add_generation_prompt=True,
+            return_dict=False,
+            **(chat_template_kwargs or {}),
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error
+    ids = cast(list[int], rendered)
+    if not ids:
+        raise ValueError("the chat template renders these messages to no tokens")
+    _check_bos(ids, tokenizer)
+    return ids
+
+
+def _check_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None or bos not in ids[1:]:
+        return
+    if ids[:2] == [bos, bos]:
+        raise ConfigError(
+            f"the chat template starts the prompt with two BOS tokens ({tokenizer.bos_token}); remove one from it"
+        )
+    # Some tokenizers have one token for BOS and EOS; a template may well write that one between turns.
+    if bos != tokenizer.eos_token_id:
+        raise ValueError(
+            f"BOS token {tokenizer.bos_token} at position {ids.index(bos, 1)}; expected at most one, in front"
+        )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id to pad with: the padding token's, else the end token's.
+
+    Which one does not matter to results: padding stands right of every token that counts, and is masked by position.
+
+    Raises:
+        ConfigError: the tokenizer has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return cast(int, token_id)
+    raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither a padding nor an end token; set its pad_token")
+
+
+def collate(
+    prompt_token_ids: Sequence[Sequence[int]],
+    completion_token_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+) -> Batch:
+    """Join prompts and completions into one batch, ids exactly as given, padded on the right.
+
+    Sequences of ids may be lists, numpy arrays or anything else that numpy turns into a vector of integers.
+
+    Raises:
+        ValueError: an empty prompt or completion. The first completion token is predicted from the prompt's last.
+    """
+    sequences, prompt_lengths = [], []
+    for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
+        if len(prompt) == 0 or len(completion) == 0:
+            raise ValueError(
+                f"sequence {row} has {len(prompt)} prompt and {len(completion)} completion tokens; need >= 1"
+            )
+        sequences.append(np.concatenate([np.asarray(prompt, np.int64), np.asarray(completion, np.int64)]))
+        prompt_lengths.append(len(prompt))
+    lengths = np.array([len(ids) for ids in sequences], np.int64)
+    input_ids_ST = np.full((len(sequences), lengths.max(initial=0)), pad_token_id, np.int64)
+    for row, ids in enumerate(sequences):
+        input_ids_ST[row, : len(ids)] = ids
+    positions_T = np.arange(input_ids_ST.shape[1])
+    mask_ST = (positions_T >= np.array(prompt_lengths, np.int64)[:, None]) & (positions_T < lengths[:, None])
+    return Batch(torch.from_numpy(input_ids_ST), torch.from_numpy(mask_ST))

@@ -1,0 +1,242 @@
+"""Build the quickstart's policy: a tokenizer and a small Qwen2 model, taught to write reviews of mixed sentiment.
+
+In: a seed. Out: a directory that transformers and vLLM load as is (config, safetensors weights, generation config,
+tokenizer with chat template). Training takes a fixed number of steps, never a time limit.
+Invariant: the same `policy_key` means the same policy; on one machine and thread count the files are byte-identical.
+The directory appears complete or not at all.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from dpo_ray.quickstart import reviews
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+VOCAB_SIZE = 2048
+TOKENIZER_REVIEWS = 4000
+"""Reviews, with their prompts, from which the vocabulary is learnt."""
+
+MODEL = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+NUM_STEPS = 550
+BATCH_SIZE = 16
+MAX_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 30
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+BATCHES_PER_BUCKET = 8
+"""Examples are sorted by length within this many batches, so that little of a batch is padding."""
+
+
+def policy_key(seed: int) -> str:
+    """Return a short hash of everything that decides the policy: the seed, our source and the library versions."""
+    sources = [Path(module).read_bytes() for module in (__file__, reviews.__file__)]
+    decisive = {
+        "seed": seed,
+        "sources": [hashlib.sha256(source).hexdigest() for source in sources],
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def build_policy(
+    directory: str | Path,
+    seed: int,
+    *,
+    num_steps: int = NUM_STEPS,
+    num_threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Train the policy and save it to `directory`, replacing what is there.
+
+    `num_threads` is torch's number of threads while training (default: all cores). `progress` is called with a line of
+    text now and then. The caller's random state, thread count and matmul precision are left as they were.
+    """
+    directory = Path(directory).absolute()
+    report = progress or (lambda _: None)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        with _torch_settings(seed, num_threads or os.cpu_count() or 1):
+            tokenizer = _build_tokenizer(seed)
+            model = _build_model(tokenizer)
+            _fine_tune(model, tokenizer, seed, num_steps, report)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _torch_settings(seed: int, num_threads: int) -> Iterator[None]:
+    """Seed torch, set its threads and use its fastest exact matmul; restore all three afterwards."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(num_threads)
+        _set_fastest_exact_matmul()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+
+
+def _set_fastest_exact_matmul() -> None:
+    """Let torch use oneDNN for float32 matmuls (twice as fast on AVX-512) where that loses no precision."""
+    left, right = torch.rand(256, 256), torch.rand(256, 256)
+    exact = left.double() @ right.double()
+    torch.set_float32_matmul_precision("medium")
+    error = ((left @ right).double() - exact).abs().max() / exact.abs().max()
+    if error > 1e-5:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _examples(num: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield `num` prompts and reviews of them."""
+    rng = random.Random(f"reviews-{seed}")
+    for request in reviews.requests(num, seed):
+        yield request.text, reviews.write_review(request, rng)
+
+
+def _build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE vocabulary from examples; any text round-trips."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [f"system\nuser\n{prompt}\nassistant\n{review}" for prompt, review in _examples(TOKENIZER_REVIEWS, seed)]
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=[PAD, START, END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MODEL["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        **MODEL,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def _fine_tune(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    num_steps: int,
+    report: Callable[[str], None],
+) -> None:
+    """Teach `model` to answer prompts with reviews; every example is seen once."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=MAX_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, num_steps))
+    model.train()
+    for step, batch in enumerate(_batches(tokenizer, seed, num_steps), 1):
+        loss = _completion_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0 or step == num_steps:
+            report(f"quickstart policy: step {step} of {num_steps}, loss {loss.item():.3f}")
+    model.eval()
+
+
+def _learning_rate_factor(step: int, num_steps: int) -> float:
+    """Rise over the warmup, then fall linearly to a twentieth."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * (1 - 0.95 * step / num_steps)
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> Iterator[list[tuple[list[int], int]]]:
+    """Yield `num_steps` batches of (token ids, number of prompt tokens), each of examples of similar length."""
+    examples = []
+    for prompt, review in _examples(num_steps * BATCH_SIZE, seed):
+        messages = [{"role": "user", "content": prompt}]
+        opening = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer.encode(opening, add_special_tokens=False)
+        review_ids = tokenizer.encode(review + END, add_special_tokens=False)
+        examples.append((prompt_ids + review_ids, len(prompt_ids)))
+    rng = random.Random(f"batches-{seed}")
+    bucket_size = BATCH_SIZE * BATCHES_PER_BUCKET
+    for start in range(0, len(examples), bucket_size):
+        bucket = sorted(examples[start : start + bucket_size], key=lambda example: len(example[0]))
+        batches = [bucket[i : i + BATCH_SIZE] for i in range(0, len(bucket), BATCH_SIZE)]
+        yield from rng.sample(batches, len(batches))
+
+
+def _completion_loss(model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Return the mean cross entropy over the batch's completion tokens, the end token included."""
+    longest = max(len(ids) for ids, _ in batch)
+    input_ids = torch.full((len(batch), longest), model.config.pad_token_id)
+    is_target = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, (ids, num_prompt) in enumerate(batch):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        is_target[row, num_prompt : len(ids)] = True
+    # Padding stands on the right, where causal attention hides it: no mask is needed. Only the states that predict a
+    # completion token pass through the head.
+    # Plain attention: torch's blocked CPU kernel is ten times slower on sequences this short.
+    with sdpa_kernel(SDPBackend.MATH):
+        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1][is_target[:, 1:]])
+    return functional.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]])

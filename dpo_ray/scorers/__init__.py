@@ -1,0 +1,1 @@
+"""Ways to judge a completion: one file each. A score is a float, higher is better."""

@@ -1,0 +1,77 @@
+"""Resolve a policy that a run starts from: a hub id, a local directory, or the embedded quickstart policy.
+
+Writes no table; its manifest says where the policy is and which one it is.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import ray
+
+from dpo_ray.config import RunConfig
+from dpo_ray.engines.policies import model_identity
+from dpo_ray.flow import storage
+from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+from dpo_ray.learn.policy import check_policy_directory
+from dpo_ray.quickstart.policy import build_policy, policy_key
+
+VERSION = 1
+QUICKSTART = "quickstart"
+COMPLETE = "_complete"
+
+
+def stage(config: RunConfig, policy: str, name: str = "policy") -> Stage:
+    """Stage that resolves `policy`, which the run names as `name` (`policy`, or `reference_policy`)."""
+    seed = config.seed if policy == QUICKSTART else None
+    return Stage(
+        name=name,
+        round=None,
+        version=VERSION,
+        config={"policy": policy, "revision": config.policy_revision, "seed": seed},
+        inputs={},
+        external=lambda: {"policy": _identity(config, policy)},
+        needs=Needs(1, 1.0, 0.0, "policy build") if policy == QUICKSTART else Needs(),
+        run=lambda context: _resolve(config, policy, context),
+    )
+
+
+def _resolve(config: RunConfig, policy: str, context: StageContext) -> StageOutput:
+    identity = _identity(config, policy)
+    metrics: dict[str, str | None] = {"identity": identity, "path": policy, "revision": None}
+    if policy == QUICKSTART:
+        metrics["path"] = _build_quickstart(config, identity)
+    elif os.path.isdir(os.path.expanduser(policy)):
+        metrics["path"] = os.path.abspath(os.path.expanduser(policy))
+    else:
+        metrics["revision"] = identity
+    return StageOutput([], 1, 1, {}, metrics)
+
+
+def _identity(config: RunConfig, policy: str) -> str:
+    """Hash of a local policy's contents, the commit of a hub policy, or the key of the quickstart build."""
+    if policy == QUICKSTART:
+        return policy_key(config.seed)
+    directory = Path(policy).expanduser()
+    if directory.is_dir():
+        check_policy_directory(directory)
+    return model_identity(policy, config.policy_revision)
+
+
+def _build_quickstart(config: RunConfig, key: str) -> str:
+    """Build the quickstart policy once per content, below the root, so that every run of that root shares it."""
+    target = f"{config.root}/policies/quickstart-{key}"
+    if not storage.exists(f"{target}/{COMPLETE}"):
+        cpus = min(2.0, max(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]))
+        ray.get(_build_task.options(num_cpus=cpus).remote(target, config.seed, int(cpus)))
+    return target
+
+
+@ray.remote(max_retries=0)
+def _build_task(target: str, seed: int, num_threads: int) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        build_policy(f"{scratch}/policy", seed, num_threads=num_threads)
+        storage.copy_directory(f"{scratch}/policy", target)
+    storage.write_bytes(f"{target}/{COMPLETE}", b"")

@@ -1,0 +1,255 @@
+"""Train the round's policy with DPO. Reads REFERENCED, writes `policy/`: a directory that vLLM and transformers load.
+
+Ray Train starts the workers and keeps the checkpoints; what they compute is learn/. Batches are planned from an index of
+row lengths, the same on every rank, so no rank can run out of steps before another.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_ray.config import RunConfig, Train
+from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
+from dpo_ray.errors import StageError
+from dpo_ray.flow import storage
+from dpo_ray.flow.artifact import read_table, record_files
+from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+
+VERSION = 1
+COLUMNS = (
+    "pair_id",
+    "prompt_token_ids",
+    "chosen_token_ids",
+    "rejected_token_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+
+
+def stage(config: RunConfig, round_: int, start: str) -> Stage:
+    """Stage of round `round_`, starting from the policy that the stage `start` committed."""
+    block = config.train
+    return Stage(
+        name="train",
+        round=round_,
+        version=VERSION,
+        config={"seed": config.seed, **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens"})},
+        inputs={"pairs": f"round_{round_:02d}/reference", "policy": start},
+        run=lambda context: _train(config, round_, context),
+        needs=Needs(block.resources.workers, block.resources.cpus, block.resources.gpus, "train worker"),
+        resources=block.resources.model_dump(mode="json"),
+    )
+
+
+def _train(config: RunConfig, round_: int, context: StageContext) -> StageOutput:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    pairs, resources = context.inputs["pairs"], config.train.resources
+    rows = sum(f.rows or 0 for f in pairs.tables())
+    arguments = {
+        "config": config,
+        "round": round_,
+        "policy": policy_ref(context.inputs["policy"], trust_remote_code=config.trust_remote_code),
+        "tables": [pairs.uri(f) for f in pairs.tables()],
+        "directory": context.directory,
+    }
+    scaling = ray.train.ScalingConfig(
+        num_workers=resources.workers,
+        use_gpu=resources.gpus > 0,
+        resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+    )
+    board = ray.remote(_Board).options(num_cpus=0).remote()
+    fit = ray.remote(_fit).options(num_cpus=0, max_retries=0)
+    # The name holds the fingerprint: a rerun resumes its own checkpoints, and no other round's are ever picked up.
+    run_config = ray.train.RunConfig(
+        name=f"attempt-{context.fingerprint[:12]}",
+        storage_path=f"{context.directory}/state",
+        failure_config=ray.train.FailureConfig(max_failures=2),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+    )
+    torch_config = TorchConfig(backend="nccl" if resources.gpus else "gloo")
+    trainer = TorchTrainer(
+        _worker, train_loop_config={**arguments, "board": board}, scaling_config=scaling, run_config=run_config, torch_config=torch_config
+    )
+    done = fit.remote(trainer)
+    while not ray.wait([done], timeout=0.5)[0]:
+        latest = ray.get(board.latest.remote())
+        if latest:
+            context.progress(*latest)
+    try:
+        ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise StageError(f"train: {error.cause}") from error
+    metrics = [json.loads(line) for line in storage.read_bytes(f"{context.directory}/metrics.jsonl").splitlines()]
+    identity = storage.read_json(f"{context.directory}/identity.json")["identity"]
+    summary = {f"{when}_{k}": m[k] for when, m in (("first", metrics[0]), ("last", metrics[-1])) for k in m if k != "step"}
+    return StageOutput(
+        record_files(context.directory, "policy"),
+        rows,
+        rows,
+        {},
+        {"identity": identity, "steps": len(metrics), "tokens": sum(m["num_tokens"] for m in metrics), **summary},
+    )
+
+
+def _fit(trainer: Any) -> None:
+    """Run the trainer in a task of its own, so that the driver can show progress meanwhile."""
+    trainer.fit()
+
+
+class _Board:
+    """Where rank 0 puts its latest progress, for the driver to read."""
+
+    def __init__(self) -> None:
+        self.value: tuple[int, int, dict[str, float]] | None = None
+
+    def put(self, done: int, total: int, metrics: dict[str, float]) -> None:
+        self.value = (done, total, metrics)
+
+    def latest(self) -> tuple[int, int, dict[str, float]] | None:
+        return self.value
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from dpo_ray.learn import batches, checkpoint, dpo, logps, optim, policy, tokens
+
+    config: RunConfig = arguments["config"]
+    block, start, directory = config.train, arguments["policy"], arguments["directory"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(block.resources.cpus)))
+        logps.float32_matmul_fast_path()
+    torch.manual_seed(config.seed)
+
+    path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
+    model = policy.load_policy(path, dtype=torch.float32, **where).to(device)
+    model = policy.shard(
+        model,
+        init_device_mesh(device.type, (world_size,)),
+        compute_dtype=getattr(torch, block.dtype),
+        activation_checkpointing=block.activation_checkpointing,
+    )
+    optimizer = optim.build_optimizer(
+        model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
+    )
+    table = PairTable(arguments["tables"])
+    plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"])
+    done = 0
+    if latest := ray.train.get_checkpoint():
+        with latest.as_directory() as saved:
+            done = checkpoint.load_checkpoint(saved, model, optimizer)
+    log = read_log(directory, done)
+    pairs_done = sum(len(rows) for step in plan[:done] for micro in step for rows in micro)
+    steps = dpo.dpo_steps(
+        model,
+        optimizer,
+        table.fetch,
+        plan,
+        beta=block.beta,
+        learning_rate_for=lambda step: optim.learning_rate_at(
+            step, len(plan), peak=block.learning_rate, warmup_ratio=block.warmup_ratio, schedule=block.schedule
+        ),
+        max_grad_norm=block.max_grad_norm,
+        pad_token_id=tokens.pad_token_id(tokens.load_tokenizer(path, **where)),
+        device=device,
+        start_step=done,
+    )
+    for metrics in steps:
+        done += 1
+        log.append(metrics)
+        pairs_done += sum(len(rows) for micro in plan[done - 1] for rows in micro)
+        if rank == 0:
+            shown = {k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies")}
+            arguments["board"].put.remote(pairs_done, len(table) * block.epochs, shown)
+        if done % block.checkpoint_steps == 0 and done < len(plan):
+            if rank == 0:
+                write_log(directory, log)
+            with tempfile.TemporaryDirectory() as shard:
+                checkpoint.save_checkpoint(shard, model, optimizer, done)
+                ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(shard))
+    _export(model, start, directory, block, rank)
+    if rank == 0:
+        write_log(directory, log)
+    dist.barrier()
+
+
+def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: int) -> None:
+    from dpo_ray.learn.policy import export_policy, policy_identity
+
+    where = {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "policy"
+        export_policy(model, target, source=local_path(start), **where)
+        if rank == 0:
+            storage.delete_directory(f"{directory}/policy")
+            storage.copy_directory(str(target), f"{directory}/policy")
+            storage.write_json(f"{directory}/identity.json", {"identity": policy_identity(target)})
+
+
+class PairTable:
+    """The REFERENCED rows of a round, in Arrow memory; rows are taken by index."""
+
+    def __init__(self, uris: Sequence[str]) -> None:
+        self.table = pa.concat_tables(read_table(uri, COLUMNS) for uri in uris).combine_chunks()
+        prompt = pc.list_value_length(self.table["prompt_token_ids"]).to_numpy()
+        sides = [pc.list_value_length(self.table[c]).to_numpy() for c in ("chosen_token_ids", "rejected_token_ids")]
+        self.lengths = np.stack([prompt + side for side in sides], axis=1)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def fetch(self, rows: list[int]) -> Any:
+        """The rows as learn.dpo.PairRows."""
+        from dpo_ray.learn.dpo import PairRows
+
+        taken = self.table.take(rows)
+        return PairRows(**{c: taken[c].to_pylist() for c in COLUMNS})
+
+
+def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int) -> list[Any]:
+    """Every step of every epoch: per rank a list of micro-batches of row indices."""
+    from dpo_ray.learn.batches import plan_epoch
+
+    return [
+        step
+        for epoch in range(block.epochs)
+        for step in plan_epoch(
+            lengths,
+            global_batch_size=block.global_batch_size,
+            world_size=world_size,
+            max_batch_tokens=block.max_batch_tokens,
+            seed=seed,
+            epoch=epoch,
+        )
+    ]
+
+
+def read_log(directory: str, done: int) -> list[dict[str, float]]:
+    """Metrics of the steps before a resume; [] at the start."""
+    if done == 0:
+        return []
+    lines = storage.read_bytes(f"{directory}/metrics.jsonl").splitlines()
+    return [json.loads(line) for line in lines[:done]]
+
+
+def write_log(directory: str, log: list[dict[str, float]]) -> None:
+    """All metrics up to now, one JSON object a step."""
+    storage.write_bytes(f"{directory}/metrics.jsonl", "".join(json.dumps(m) + "\n" for m in log).encode())

@@ -1,0 +1,116 @@
+"""READ FIRST. One DPO round after another: what the stages are, in which order, and what each reads.
+
+    prompts -> generate -> score -> pair -> reference -> train -> evaluate -> next round
+
+Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a cluster with
+`ray job submit --working-dir . -- python pipelines/full_round.py pipelines/quickstart.yaml`. `--help` lists every field.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing it
+
+from dpo_ray.cli import parse_arguments
+from dpo_ray.config import RunConfig
+from dpo_ray.errors import ConfigError, DpoRayError
+
+if TYPE_CHECKING:
+    from dpo_ray.flow.stage import Stage
+    from dpo_ray.stages.evaluate import Steps
+
+
+def plan(config: RunConfig) -> list[Stage]:
+    """The stages of every round, in order. Making them runs nothing."""
+    from dpo_ray.stages import evaluate, generate, pair, policy, prompts, reference, score, train
+
+    stages = [policy.stage(config, config.policy), prompts.stage(config)]
+    anchor = config.reference.policy or "initial"
+    if anchor not in ("initial", "previous"):
+        stages.append(policy.stage(config, anchor, name="reference_policy"))
+    start = "policy"
+    for r in range(config.rounds):
+        held_by = {"initial": "policy", "previous": start}.get(anchor, "reference_policy")
+        stages += [
+            generate.stage(config, r, start, prompts.slice_of_round),
+            score.stage(config, r),
+            pair.stage(config, r),
+            reference.stage(config, r, held_by),
+            train.stage(config, r, start),
+            evaluate.stage(
+                config, r, start, held_by, generate.engine_spec(config), generate.engine_needs(config.generate), steps(config, r)
+            ),
+        ]
+        start = f"round_{r:02d}/train"  # the next round starts from the policy that this one trained
+    return stages
+
+
+def steps(config: RunConfig, round_: int) -> Steps:
+    """What evaluate does with the other stages' functions."""
+    from dpo_ray.stages import evaluate, generate, pair, prompts, reference, score
+
+    columns = {"completion_token_ids": "logps"}
+    ref, g = config.reference, config.generate
+    return evaluate.Steps(
+        held_out=prompts.held_out,
+        generate=lambda ds, engine, policy, how, n: generate.generate(ds, engine, policy, g, how, round_, config.seed, n),
+        score=lambda ds: score.score(ds, config.score, config.trust_remote_code),
+        pair=lambda row: pair.pair_prompt(row, config.pair, config.seed),
+        logps=lambda ds, policy: reference.add_logps(ds, policy, config.train.dtype, columns, ref.max_batch_tokens, ref.resources),
+        logps_needs=reference.needs(config),
+        score_needs=score.needs(config.score),
+        score_sources=lambda: score.sources(config.score),
+        score_config=score.result_config(config.score),
+    )
+
+
+def cut(stages: list[Stage], until: str | None, redo: list[str]) -> list[Stage]:
+    """The plan up to and with `until`; both names must be in it."""
+    names = {s.name for s in stages} | {s.key for s in stages}
+    for asked in [*redo, *([until] if until else [])]:
+        if asked not in names:
+            raise ConfigError(f"no stage {asked!r} in this plan; it has {', '.join(s.key for s in stages)}")
+    if until is None:
+        return stages
+    last = next(i for i, s in enumerate(stages) if until in (s.name, s.key))
+    return stages[: last + 1]
+
+
+def main() -> int:
+    try:
+        arguments, config = parse_arguments()
+        run(arguments.dry_run, arguments.until, arguments.redo, config)
+    except DpoRayError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(dry_run: bool, until: str | None, redo: list[str], config: RunConfig) -> None:
+    """Print the plan, or run it and print what came of it."""
+    from dpo_ray import summary  # from here on torch and ray are loaded; --help and a bad config never get here
+    from dpo_ray.flow import cluster, runner, storage
+    from dpo_ray.flow.progress import Progress
+
+    stages = cut(plan(config), until, redo)
+    cluster.connect()
+    for stage in stages:
+        cluster.check_fits(stage.key, stage.needs)
+    if dry_run:
+        print(f"run {config.directory}\n\n{summary.plan_table(runner.plan_actions(stages, config.directory, redo))}")
+        return
+    cluster.probe_shared(config.root)
+    storage.write_json(f"{config.directory}/resolved.yaml", config.model_dump(mode="json"))
+    outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress())
+    print(f"\n{summary.outcome_table(outcomes)}")
+    for outcome in outcomes:
+        if outcome.stage.name == "evaluate":
+            print(f"\nround {outcome.stage.round}\n{summary.round_result(outcome.artifact.manifest.metrics)}")
+            print(f"policy                       {config.directory}/round_{outcome.stage.round:02d}/train/policy")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""What must be the same on two ranks as on one. Both ranks run every scenario in one spawn, since starting costs most.
+
+A rank waits 60 s at most in a collective, and the parent 150 s for both.
+"""
+
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from dpo_ray.errors import NonFiniteLossError
+from dpo_ray.learn.checkpoint import load_checkpoint, save_checkpoint
+from dpo_ray.learn.export import export_policy
+from dpo_ray.learn.logps import completion_logps
+from dpo_ray.learn.policy import load_policy
+from dpo_ray.learn.tokens import collate
+
+from . import tiny, training
+
+PAIRS = tiny.build_pairs(13)
+BATCH_SIZE = 8  # global batches of 8 and 5 pairs
+BUDGET = 60
+EPOCHS = 2  # 4 steps
+IDS_ST = torch.arange(3, 23).view(2, 10)
+COLLECTIVE_TIMEOUT_S, SPAWN_TIMEOUT_S = 60, 150
+
+
+def gradients_of(name: str, policies: dict[str, str], mesh, max_batch_tokens: int = BUDGET, **options):
+    world_size = mesh.size() if mesh else 1
+    plan = training.plan(PAIRS, world_size, max_batch_tokens, batch_size=BATCH_SIZE)
+    return training.gradients(training.build(policies[name], mesh, **options), PAIRS, plan)
+
+
+def fresh(policies: dict[str, str], mesh):
+    model = training.build(policies["qwen2"], mesh)
+    return model, training.build_adamw(model)
+
+
+def plan_of(world_size: int):
+    return training.plan(PAIRS, world_size, BUDGET, batch_size=BATCH_SIZE, epochs=EPOCHS)
+
+
+def trained_and_exported(policies, mesh, root: Path):
+    """Train all four steps, save after the second, export at the end. Ranks save to directories of their own."""
+    model, optimizer = fresh(policies, mesh)
+    metrics = training.train(model, optimizer, PAIRS, plan_of(2)[:2])
+    save_checkpoint(root / f"state-{dist.get_rank()}", model, optimizer, 2)
+    metrics += training.train(model, optimizer, PAIRS, plan_of(2), start_step=2)
+    export_policy(model, root / "exported", source=policies["qwen2"])
+    with torch.no_grad():
+        return metrics, model(input_ids=IDS_ST).logits
+
+
+def resumed(policies, mesh, root: Path):
+    if dist.get_rank() == 0:  # as Ray Train does when it uploads a checkpoint of several ranks
+        for rank in range(2):
+            shutil.copytree(root / f"state-{rank}", root / "state", dirs_exist_ok=True)
+    dist.barrier()
+    model, optimizer = fresh(policies, mesh)
+    step = load_checkpoint(root / "state", model, optimizer)
+    return training.train(model, optimizer, PAIRS, plan_of(2), start_step=step)
+
+
+def bfloat16_logps(path: str, mesh):
+    model = training.build(path, mesh, compute_dtype=torch.bfloat16)
+    with torch.no_grad():
+        return completion_logps(model, *collate(PAIRS.prompt_token_ids, PAIRS.chosen_token_ids, tiny.PAD))
+
+
+def non_finite_message(policies, mesh) -> str:
+    """Pair 7 alone has no finite reference: one rank computes it, both must stop."""
+    pairs = PAIRS._replace(ref_chosen_logps=[float("nan") if i == 7 else v for i, v in enumerate(PAIRS.ref_chosen_logps)])
+    model, optimizer = fresh(policies, mesh)
+    plan = training.plan(pairs, 2, BUDGET, batch_size=13)
+    with pytest.raises(NonFiniteLossError) as error:
+        training.train(model, optimizer, pairs, plan)
+    return str(error.value)
+
+
+def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(root / "store"), 2)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    )
+    mesh = dist.init_device_mesh("cpu", (2,))
+    model, optimizer = fresh(policies, mesh)
+    results = {
+        "gradients": {name: gradients_of(name, policies, mesh) for name in ("qwen2", "llama", "gpt2", "gemma2")},
+        "checkpointed": gradients_of("qwen2", policies, mesh, activation_checkpointing=True),
+        "one_pair": training.train(model, optimizer, PAIRS, [[[[3]], [[]]]]),
+        "trained": trained_and_exported(policies, mesh, root),
+        "resumed": resumed(policies, mesh, root),
+        "bfloat16": bfloat16_logps(policies["qwen2"], mesh),
+        "non_finite": non_finite_message(policies, mesh),
+    }
+    torch.save(results, root / f"results-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture(scope="module")
+def results(root, policies) -> list[dict]:
+    """Each rank's results."""
+    context = multiprocessing.start_processes(
+        run_rank, args=(root, policies), nprocs=2, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + SPAWN_TIMEOUT_S
+    try:
+        while not context.join(timeout=1):  # raises what a rank raised
+            assert time.monotonic() < deadline, f"two ranks took longer than {SPAWN_TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(root / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("max_batch_tokens", [BUDGET, training.ONE_MICRO_BATCH])
+def test_two_ranks_gradients_equal_one_process(results, policies, name, max_batch_tokens):
+    """Tied and untied heads, vocabulary 101, 8 and then 5 pairs. Largest relative error measured: 6e-7."""
+    want = gradients_of(name, policies, None, max_batch_tokens)
+    got = results[0]["gradients"][name]
+    assert len(got) == len(want) == 2
+    assert max(training.relative_error(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
+
+
+def test_two_ranks_with_activation_checkpointing_have_the_same_gradients(results):
+    for got, want in zip(results[0]["checkpointed"], results[0]["gradients"]["qwen2"], strict=True):
+        assert training.relative_error(got, want) < 1e-6
+
+
+def test_two_ranks_metrics_equal_one_process_on_every_rank(results, policies):
+    """Four AdamW steps with clipping; grad_norm is the clipped norm's input, so it is covered here."""
+    model, optimizer = fresh(policies, None)
+    expected = training.train(model, optimizer, PAIRS, plan_of(1))
+    assert expected[0]["grad_norm"] > 1.0, "nothing was clipped"
+    for rank in range(2):
+        for got, want in zip(results[rank]["trained"][0], expected, strict=True):
+            assert got == pytest.approx(want, rel=1e-4)
+    first = results[0]["trained"][0][0]
+    assert first == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_two_ranks_step_of_one_pair_equals_one_process(results, policies):
+    """The second rank has nothing to do, and does not change the result by doing it."""
+    model, optimizer = fresh(policies, None)
+    (want,) = training.train(model, optimizer, PAIRS, [[[[3]]]])
+    assert results[0]["one_pair"][0] == pytest.approx(want, rel=1e-5)
+
+
+def test_two_ranks_export_reloads_to_the_trained_logits(results, root, policies):
+    exported = root / "exported"
+    logits = load_policy(str(exported), dtype=torch.float32)(input_ids=IDS_ST).logits
+    torch.testing.assert_close(logits, results[0]["trained"][1], rtol=1e-6, atol=1e-6)
+    weights = load_file(exported / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert weights["model.embed_tokens.weight"].shape == (tiny.VOCAB_SIZE, 32)
+    assert not torch.equal(weights["model.embed_tokens.weight"], load_embedding(policies["qwen2"]))
+
+
+def load_embedding(path: str) -> torch.Tensor:
+    return load_file(Path(path) / "model.safetensors")["model.embed_tokens.weight"]
+
+
+def test_two_ranks_resume_equals_uninterrupted(results):
+    assert results[0]["resumed"] == results[0]["trained"][0][2:]
+
+
+def test_two_ranks_checkpoint_resumes_on_one(results, root, policies):
+    """Largest relative error measured: 1e-6."""
+    model, optimizer = fresh(policies, None)
+    step = load_checkpoint(root / "state", model, optimizer)
+    resumed = training.train(model, optimizer, PAIRS, plan_of(1), start_step=step)
+    assert step == 2
+    for got, want in zip(resumed, results[0]["trained"][0][2:], strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_two_ranks_bfloat16_training_starts_at_the_bfloat16_reference(results, policies):
+    """Reference: weights loaded in bfloat16. Policy: float32 weights, cast by FSDP. Same kernels: equal to the bit."""
+    reference = load_policy(policies["qwen2"], dtype=torch.bfloat16)
+    with torch.no_grad():
+        want = completion_logps(reference, *collate(PAIRS.prompt_token_ids, PAIRS.chosen_token_ids, tiny.PAD))
+    assert torch.equal(results[0]["bfloat16"], want)
+
+
+def test_two_ranks_both_stop_at_a_loss_that_is_not_finite(results):
+    messages = [results[rank]["non_finite"] for rank in range(2)]
+    assert all(message.startswith("step 0: loss nan") for message in messages)
+    assert sum("for pairs pair-7:" in message for message in messages) == 1

@@ -1,0 +1,79 @@
+"""Short trainings that run the same way in one process, on a mesh of one rank and on a mesh of two."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from dpo_ray.learn.batches import Step, plan_epoch
+from dpo_ray.learn.dpo import PairRows, dpo_steps
+from dpo_ray.learn.optim import build_optimizer
+from dpo_ray.learn.policy import load_policy, shard
+
+from . import tiny
+
+BETA = 0.1
+ONE_MICRO_BATCH = 10**6
+
+
+def build(path: str, mesh: DeviceMesh | None, **options) -> PreTrainedModel:
+    """Load a policy in float32 and shard it if there is a mesh."""
+    model = load_policy(path, dtype=torch.float32)
+    return shard(model, mesh, **{"compute_dtype": torch.float32, **options}) if mesh else model
+
+
+def build_adamw(model: PreTrainedModel) -> torch.optim.AdamW:
+    return build_optimizer(model, learning_rate=0.0, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size: int, epochs: int = 1) -> list[Step]:
+    return [
+        step
+        for epoch in range(epochs)
+        for step in plan_epoch(
+            tiny.pair_lengths(pairs),
+            global_batch_size=batch_size,
+            world_size=world_size,
+            max_batch_tokens=max_batch_tokens,
+            seed=0,
+            epoch=epoch,
+        )
+    ]
+
+
+def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
+    """Return the metrics of all steps from `start_step` on."""
+    options = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1), **options}
+    fetch = lambda rows: tiny.take(pairs, rows)
+    return list(
+        dpo_steps(
+            model, optimizer, fetch, steps, beta=BETA, pad_token_id=tiny.PAD, device="cpu", start_step=start_step, **options
+        )
+    )  # fmt: skip
+
+
+class GradientRecorder(torch.optim.Optimizer):
+    """An optimizer that changes nothing and keeps every step's full gradients as one vector."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model.parameters(), {"lr": 0.0})
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, closure=None):
+        del closure
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        full = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+        self.gradients.append(torch.cat([g.flatten() for g in full]).clone())
+
+
+def gradients(model, pairs: PairRows, steps: Sequence[Step], **options) -> list[torch.Tensor]:
+    """Return each step's unclipped gradient, all parameters in one vector."""
+    recorder = GradientRecorder(model)
+    train(model, recorder, pairs, steps, **{"max_grad_norm": 1e9, **options})
+    return recorder.gradients
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
