@@ -41,6 +41,9 @@ class VllmEngine:
             arguments["distributed_executor_backend"] = "mp"  # one node, no placement group of its own
         if settings.gpus == 0:
             arguments["enforce_eager"] = True
+            # A prompt prefilled in several steps rewinds its seeded generator, which torch's CPU generator cannot do.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
         arguments |= dict(settings.engine_args)
         self.settings = settings
         self.engine = LLMEngine.from_engine_args(

@@ -22,7 +22,7 @@ import ray
 from pydantic import BaseModel
 from ray.data import Dataset
 
-from dpo_ray.errors import SchemaError, StageError
+from dpo_ray.errors import DpoRayError, SchemaError, StageError
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, write_table
 from dpo_ray.flow.fingerprint import fingerprint
@@ -136,10 +136,13 @@ def run_parts(
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
         loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
         sunk = transform(loaded).map_batches(sink, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
-        for row in sunk.iter_rows():
-            record = PartRecord.model_validate_json(row["record"])
-            records[record.part] = record
-            report()
+        try:
+            for row in sunk.iter_rows():
+                record = PartRecord.model_validate_json(row["record"])
+                records[record.part] = record
+                report()
+        except ray.exceptions.RayError as error:
+            raise first_cause(error, stage) from error
     return _summary(parts, records, stage, max_dropped)
 
 
@@ -148,6 +151,16 @@ def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
     column = pa.array(reasons, pa.string())
     index = table.column_names.index(DROP_REASON)
     return table.set_column(index, DROP_REASON, pc.coalesce(table[DROP_REASON], column))
+
+
+def first_cause(error: BaseException, stage: str) -> DpoRayError:
+    """Our own error inside Ray's wrappings as it was raised; any other as a StageError that names its kind."""
+    innermost = error
+    while inner := getattr(innermost, "cause", None) or innermost.__cause__:
+        if isinstance(inner, DpoRayError):
+            return inner
+        innermost = inner
+    return StageError(f"{stage}: {type(innermost).__name__}: {innermost}")
 
 
 def _load(descriptors: pa.Table) -> pa.Table:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ from dpo_ray.learn.batches import Step
 from dpo_ray.learn.logps import completion_logps
 from dpo_ray.learn.losses import PairLoss, sigmoid_loss
 from dpo_ray.learn.optim import clip_gradients
-from dpo_ray.learn.tokens import collate
+from dpo_ray.learn.tokens import TokenIds, collate
 
 MEANS = (
     "loss",
@@ -39,12 +40,12 @@ class PairRows(NamedTuple):
     """Rows of the REFERENCED table, one entry per pair in every column."""
 
     pair_id: Sequence[str]
-    prompt_token_ids: Sequence[Sequence[int]]
-    chosen_token_ids: Sequence[Sequence[int]]
-    rejected_token_ids: Sequence[Sequence[int]]
-    ref_chosen_logps: Sequence[float]
+    prompt_token_ids: Sequence[TokenIds]
+    chosen_token_ids: Sequence[TokenIds]
+    rejected_token_ids: Sequence[TokenIds]
+    ref_chosen_logps: Sequence[float] | np.ndarray
     """Sums in nats."""
-    ref_rejected_logps: Sequence[float]
+    ref_rejected_logps: Sequence[float] | np.ndarray
 
 
 def dpo_steps(

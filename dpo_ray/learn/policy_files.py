@@ -10,7 +10,7 @@ from pathlib import Path
 from dpo_ray.errors import ConfigError
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "vocab.txt")
+TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken", "vocab.txt", "tekken.json")
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 BESIDE_WEIGHTS = (
     *TOKENIZER_MODELS,

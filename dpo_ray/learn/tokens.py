@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_ray.errors import ConfigError
 
+TokenIds = Sequence[int] | np.ndarray
+
 
 class Batch(NamedTuple):
     """Sequences of prompt and completion, padded on the right."""
@@ -102,13 +104,11 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(
-    prompt_token_ids: Sequence[Sequence[int]],
-    completion_token_ids: Sequence[Sequence[int]],
+    prompt_token_ids: Sequence[TokenIds],
+    completion_token_ids: Sequence[TokenIds],
     pad_token_id: int,
 ) -> Batch:
     """Join prompts and completions into one batch, ids exactly as given, padded on the right.
-
-    Sequences of ids may be lists, numpy arrays or anything else that numpy turns into a vector of integers.
 
     Raises:
         ValueError: an empty prompt or completion. The first completion token is predicted from the prompt's last.

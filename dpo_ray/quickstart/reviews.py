@@ -171,8 +171,8 @@ CLOSINGS = {
 }  # fmt: skip
 
 # Chance of "good", "plain" and "bad" in each sentence of a review, by the reviewer's mood.
-MOODS = ((0.75, 0.20, 0.05), (0.35, 0.30, 0.35), (0.05, 0.20, 0.75))
-NUM_SENTENCES = (2, 3, 3, 4, 4)
+MOODS = ((0.85, 0.15, 0.00), (0.40, 0.20, 0.40), (0.00, 0.15, 0.85))
+NUM_SENTENCES = (2, 3, 3, 4, 4, 4)
 
 
 def requests(num: int, seed: int) -> list[Request]:

@@ -24,7 +24,7 @@ def under(model, pairs: PairRows) -> PairRows:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(policies):
     return training.build(policies["qwen2"], None)
 
@@ -33,12 +33,12 @@ PAIRS = tiny.build_pairs(13)
 
 
 def test_dpo_steps_start_at_ln_2_and_zero_margin_where_policy_is_reference(model):
-    """Reference and training batch the rows differently. Largest margin measured: 3e-6 nats at |logps| up to 100."""
+    """Reference and training batch the rows differently. Largest mean measured: 2e-7."""
     pairs = under(model, PAIRS)
     (metrics,) = training.train(model, training.build_adamw(model), pairs, training.plan(pairs, 1, 60, batch_size=13))
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        assert abs(metrics[name]) < 1e-5
+        assert abs(metrics[name]) < 1e-6
 
 
 def test_dpo_steps_use_the_cached_reference(model):
@@ -90,7 +90,7 @@ def test_dpo_steps_metrics_are_means_over_the_global_batch(model):
 
 
 def test_dpo_steps_gradients_do_not_depend_on_micro_batches(model):
-    """Global batches of 8 and 5 pairs, in one micro-batch or in many. Largest relative error measured: 3e-7."""
+    """Global batches of 8 and 5 pairs, in one micro-batch or in many. Largest relative error measured: 6e-7."""
     want = training.gradients(model, PAIRS, training.plan(PAIRS, 1, training.ONE_MICRO_BATCH, batch_size=8))
     plan = training.plan(PAIRS, 1, 60, batch_size=8)
     assert [len(step[0]) for step in plan] > [2, 2]

@@ -33,7 +33,7 @@ def test_completion_logps_equal_a_naive_float64_forward(policies, name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_completion_logps_do_not_depend_on_padding_or_batch(policies, name):
-    """Alone, in a batch, in reversed order and with 20 more columns of padding. Largest relative error measured: 3e-7."""
+    """Alone, in a batch, in reversed order, with 20 more columns of padding. Largest relative error measured: 3e-7."""
     model = load_policy(policies[name], dtype=torch.float32)
     in_batch = score(model, PROMPTS, COMPLETIONS)
     alone = torch.cat([score(model, [p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])

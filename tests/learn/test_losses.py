@@ -50,7 +50,6 @@ def test_sigmoid_loss_rewards_are_detached():
     assert not result.rejected_rewards.requires_grad
 
 
-@pytest.mark.slow  # importing TRL's trainer takes 10-20 s
 def test_sigmoid_loss_equals_trl():
     """TRL's own `_compute_loss` on the same numbers, with a model that returns our sums as one token each."""
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
@@ -82,6 +81,4 @@ def test_sigmoid_loss_equals_trl():
     trl_loss = dpo_trainer.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
     ours = sigmoid_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta=BETA)
     torch.testing.assert_close(ours.losses.mean(), trl_loss, rtol=1e-6, atol=0)
-    assert trainer._metrics["eval"]["rewards/margins"] == [
-        (ours.chosen_rewards - ours.rejected_rewards).mean().item()
-    ]
+    assert trainer._metrics["eval"]["rewards/margins"] == [(ours.chosen_rewards - ours.rejected_rewards).mean().item()]

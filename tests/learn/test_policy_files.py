@@ -8,7 +8,7 @@ from dpo_ray.errors import ConfigError
 from dpo_ray.learn.policy_files import check_policy_directory, policy_identity
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy(policies, tmp_path) -> Path:
     return Path(shutil.copytree(policies["qwen2"], tmp_path / "policy"))
 

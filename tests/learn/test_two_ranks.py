@@ -75,7 +75,9 @@ def bfloat16_logps(path: str, mesh):
 
 def non_finite_message(policies, mesh) -> str:
     """Pair 7 alone has no finite reference: one rank computes it, both must stop."""
-    pairs = PAIRS._replace(ref_chosen_logps=[float("nan") if i == 7 else v for i, v in enumerate(PAIRS.ref_chosen_logps)])
+    pairs = PAIRS._replace(
+        ref_chosen_logps=[float("nan") if i == 7 else v for i, v in enumerate(PAIRS.ref_chosen_logps)]
+    )
     model, optimizer = fresh(policies, mesh)
     plan = training.plan(pairs, 2, BUDGET, batch_size=13)
     with pytest.raises(NonFiniteLossError) as error:
@@ -90,11 +92,10 @@ def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     )
     mesh = dist.init_device_mesh("cpu", (2,))
-    model, optimizer = fresh(policies, mesh)
     results = {
         "gradients": {name: gradients_of(name, policies, mesh) for name in ("qwen2", "llama", "gpt2", "gemma2")},
         "checkpointed": gradients_of("qwen2", policies, mesh, activation_checkpointing=True),
-        "one_pair": training.train(model, optimizer, PAIRS, [[[[3]], [[]]]]),
+        "one_pair": training.train(*fresh(policies, mesh), PAIRS, [[[[3]], [[]]]]),
         "trained": trained_and_exported(policies, mesh, root),
         "resumed": resumed(policies, mesh, root),
         "bfloat16": bfloat16_logps(policies["qwen2"], mesh),
@@ -129,7 +130,7 @@ def results(root, policies) -> list[dict]:
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("max_batch_tokens", [BUDGET, training.ONE_MICRO_BATCH])
 def test_two_ranks_gradients_equal_one_process(results, policies, name, max_batch_tokens):
-    """Tied and untied heads, vocabulary 101, 8 and then 5 pairs. Largest relative error measured: 6e-7."""
+    """Tied and untied heads, vocabulary 101, 8 and then 5 pairs. Largest relative error measured: 7e-7."""
     want = gradients_of(name, policies, None, max_batch_tokens)
     got = results[0]["gradients"][name]
     assert len(got) == len(want) == 2
@@ -138,19 +139,17 @@ def test_two_ranks_gradients_equal_one_process(results, policies, name, max_batc
 
 def test_two_ranks_with_activation_checkpointing_have_the_same_gradients(results):
     for got, want in zip(results[0]["checkpointed"], results[0]["gradients"]["qwen2"], strict=True):
-        assert training.relative_error(got, want) < 1e-6
+        assert torch.equal(got, want)
 
 
 def test_two_ranks_metrics_equal_one_process_on_every_rank(results, policies):
-    """Four AdamW steps with clipping; grad_norm is the clipped norm's input, so it is covered here."""
+    """Four AdamW steps with clipping, so the norm over shards is covered too. Largest relative error measured: 2e-6."""
     model, optimizer = fresh(policies, None)
     expected = training.train(model, optimizer, PAIRS, plan_of(1))
     assert expected[0]["grad_norm"] > 1.0, "nothing was clipped"
     for rank in range(2):
         for got, want in zip(results[rank]["trained"][0], expected, strict=True):
-            assert got == pytest.approx(want, rel=1e-4)
-    first = results[0]["trained"][0][0]
-    assert first == pytest.approx(expected[0], rel=1e-5)
+            assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_two_ranks_step_of_one_pair_equals_one_process(results, policies):
@@ -178,6 +177,7 @@ def test_two_ranks_resume_equals_uninterrupted(results):
     assert results[0]["resumed"] == results[0]["trained"][0][2:]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_ranks_checkpoint_resumes_on_one(results, root, policies):
     """Largest relative error measured: 1e-6."""
     model, optimizer = fresh(policies, None)
@@ -185,7 +185,7 @@ def test_two_ranks_checkpoint_resumes_on_one(results, root, policies):
     resumed = training.train(model, optimizer, PAIRS, plan_of(1), start_step=step)
     assert step == 2
     for got, want in zip(resumed, results[0]["trained"][0][2:], strict=True):
-        assert got == pytest.approx(want, rel=1e-4)
+        assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_two_ranks_bfloat16_training_starts_at_the_bfloat16_reference(results, policies):

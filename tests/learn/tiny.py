@@ -89,7 +89,7 @@ def save_policy(directory: Path, name: str = "qwen2", dtype: torch.dtype = torch
 
 
 def build_pairs(num_pairs: int, seed: int = 0) -> PairRows:
-    """Return pairs of random ids with prompts of 2-6 tokens, completions of 1-9, reference sums near those of `qwen2`."""
+    """Return pairs of random ids: prompts of 2-6 tokens, completions of 1-9, reference sums near those of `qwen2`."""
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> list[int]:

@@ -45,13 +45,10 @@ def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size:
 
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
     """Return the metrics of all steps from `start_step` on."""
-    options = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1), **options}
+    defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
+    defaults |= {"beta": BETA, "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
-    return list(
-        dpo_steps(
-            model, optimizer, fetch, steps, beta=BETA, pad_token_id=tiny.PAD, device="cpu", start_step=start_step, **options
-        )
-    )  # fmt: skip
+    return list(dpo_steps(model, optimizer, fetch, steps, start_step=start_step, **(defaults | options)))
 
 
 class GradientRecorder(torch.optim.Optimizer):
