@@ -28,14 +28,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     """
     parser = argparse.ArgumentParser(
         description="Take a policy and prompts through DPO rounds: generate, score, pair, reference, train, evaluate.",
-        epilog="Any field of the configuration can be set over the YAML, e.g. --train.beta 0.2:\n\n" + "\n".join(describe(RunConfig)),
+        epilog="Any field of the configuration can be set over the YAML, e.g. --train.beta 0.2:\n\n"
+        + "\n".join(describe(RunConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the run, e.g. pipelines/quickstart.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is already done; run nothing")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage of every round (e.g. reference, or round_01/pair)")
     parser.add_argument(
-        "--redo", metavar="STAGE", action="append", default=[], help="run this stage again, and what follows it (e.g. train, round_00/pair)"
+        "--until", metavar="STAGE", help="stop after this stage of every round (e.g. reference, or round_01/pair)"
+    )
+    parser.add_argument(
+        "--redo",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="run this stage again, and what follows it (e.g. train, round_00/pair)",
     )
     arguments, rest = parser.parse_known_args(argv)
     return arguments, load_config(arguments.config, overrides(rest))

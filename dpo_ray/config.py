@@ -106,7 +106,7 @@ class Prompts(Block):
     """Column with tool definitions for the chat template (a list, or its JSON)."""
     meta_columns: tuple[str, ...] | None = None
     """Columns kept in `meta` for the scorer; None keeps every other column."""
-    num_prompts: int | None = Field(None, ge=1)
+    num_prompts: int | None = Field(default=None, ge=1)
     """Read at most this many rows of the source."""
     eval_prompts: int = Field(256, ge=1)
     """Prompts held out for evaluation: about this many, chosen by hash, the same in every round."""
@@ -158,6 +158,12 @@ class Generate(Block):
     max_dropped: float = Field(0.05, ge=0, le=1)
     """The stage fails when more than this share of its rows is quarantined."""
     resources: EngineResources = EngineResources()
+
+    @model_validator(mode="after")
+    def hf_engine_has_no_frequency_penalties(self) -> Generate:
+        if self.engine == "hf" and (self.sampling.presence_penalty or self.sampling.frequency_penalty):
+            raise ValueError("engine `hf` knows no presence_penalty or frequency_penalty; use `vllm`, or leave them at 0")
+        return self
 
 
 class FunctionScore(Block):
@@ -255,7 +261,7 @@ class Train(Block):
         if self.global_batch_size % self.resources.workers:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} does not divide over workers={self.resources.workers}; "
-                "choose a multiple, so that every worker has the same number of pairs"
+                "choose a multiple, so that no worker idles in a step"
             )
         return self
 

@@ -120,7 +120,9 @@ def conform(table: pa.Table, schema: pa.Schema, stage: str, key: str) -> pa.Tabl
         column = table[field.name]
         if not field.nullable and column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
-            raise SchemaError(f"{stage}: column {field.name!r} is null at {key}={table[key][row].as_py()!r}; expected {field.type}")
+            raise SchemaError(
+                f"{stage}: column {field.name!r} is null at {key}={table[key][row].as_py()!r}; expected {field.type}"
+            )
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -3,7 +3,7 @@
     prompts -> generate -> score -> pair -> reference -> train -> evaluate -> next round
 
 Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a cluster with
-`ray job submit --working-dir . -- python pipelines/full_round.py pipelines/quickstart.yaml`. `--help` lists every field.
+`ray job submit --working-dir . -- python pipelines/full_round.py pipelines/quickstart.yaml`. `--help` lists all fields.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing it
 
@@ -41,7 +43,13 @@ def plan(config: RunConfig) -> list[Stage]:
             reference.stage(config, r, held_by),
             train.stage(config, r, start),
             evaluate.stage(
-                config, r, start, held_by, generate.engine_spec(config), generate.engine_needs(config.generate), steps(config, r)
+                config,
+                r,
+                start,
+                held_by,
+                generate.engine_spec(config),
+                generate.engine_needs(config.generate),
+                steps(config, r),
             ),
         ]
         start = f"round_{r:02d}/train"  # the next round starts from the policy that this one trained
@@ -59,7 +67,9 @@ def steps(config: RunConfig, round_: int) -> Steps:
         generate=lambda ds, engine, policy, how, n: generate.generate(ds, engine, policy, g, how, round_, config.seed, n),
         score=lambda ds: score.score(ds, config.score, config.trust_remote_code),
         pair=lambda row: pair.pair_prompt(row, config.pair, config.seed),
-        logps=lambda ds, policy: reference.add_logps(ds, policy, config.train.dtype, columns, ref.max_batch_tokens, ref.resources),
+        logps=lambda ds, policy: reference.add_logps(
+            ds, policy, config.train.dtype, columns, ref.max_batch_tokens, ref.resources
+        ),
         logps_needs=reference.needs(config),
         score_needs=score.needs(config.score),
         score_sources=lambda: score.sources(config.score),
@@ -96,15 +106,21 @@ def run(dry_run: bool, until: str | None, redo: list[str], config: RunConfig) ->
     from dpo_ray.flow.progress import Progress
 
     stages = cut(plan(config), until, redo)
-    cluster.connect()
-    for stage in stages:
-        cluster.check_fits(stage.key, stage.needs)
+    outcomes = runner.finished(stages, config.directory, redo)
+    if outcomes is None or dry_run:
+        cluster.connect()
+        for stage in stages:
+            cluster.check_fits(stage.key, stage.needs)
     if dry_run:
         print(f"run {config.directory}\n\n{summary.plan_table(runner.plan_actions(stages, config.directory, redo))}")
         return
-    cluster.probe_shared(config.root)
-    storage.write_json(f"{config.directory}/resolved.yaml", config.model_dump(mode="json"))
-    outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress())
+    if outcomes is None:
+        cluster.probe_shared(config.root)
+        storage.write_bytes(
+            f"{config.directory}/resolved.yaml",
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode(),
+        )
+        outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress())
     print(f"\n{summary.outcome_table(outcomes)}")
     for outcome in outcomes:
         if outcome.stage.name == "evaluate":

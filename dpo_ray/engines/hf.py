@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from dpo_ray.engines.policies import PolicyRef, local_path
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
+from dpo_ray.learn.policy import load_policy
 
 
 class HfEngine:
@@ -44,9 +45,8 @@ class HfEngine:
     def _load_weights(self, policy: PolicyRef) -> None:
         where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
         path = local_path(policy)
-        dtype = getattr(torch, self.settings.dtype)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **where)
-        self.model = model.to(self.device).eval()
+        model = load_policy(path, dtype=getattr(torch, self.settings.dtype), **where)
+        self.model = model.to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(path, **where)
         eos = model.generation_config.eos_token_id
         self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]

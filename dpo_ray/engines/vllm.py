@@ -48,7 +48,10 @@ class VllmEngine:
         self.settings = settings
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
-                model=local_path(policy), revision=policy.revision, trust_remote_code=policy.trust_remote_code, **arguments
+                model=local_path(policy),
+                revision=policy.revision,
+                trust_remote_code=policy.trust_remote_code,
+                **arguments,
             )
         )
         self.policy = policy

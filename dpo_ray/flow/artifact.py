@@ -89,7 +89,9 @@ def read_artifact(directory: str) -> Artifact | None:
     try:
         return Artifact(directory, Manifest.model_validate_json(storage.read_bytes(path)))
     except ValidationError as error:
-        raise SchemaError(f"{path} is not a manifest of this version of dpo-ray; use another `name` or `root`: {error}") from error
+        raise SchemaError(
+            f"{path} is not a manifest of this version of dpo-ray; use another `name` or `root`: {error}"
+        ) from error
 
 
 def write_manifest(directory: str, manifest: Manifest) -> Artifact:

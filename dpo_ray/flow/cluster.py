@@ -20,7 +20,7 @@ RELEASE_TIMEOUT_S = 60.0
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS or of a submitted job; else start a local Ray with this machine's cores."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the C++ core warns of its own retries on stderr
     env_vars = dict(QUIET)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job brings its code in its working_dir
         checkout = str(Path(__file__).resolve().parents[2])
@@ -122,7 +122,9 @@ def probe_shared(root: str) -> None:
     try:
         storage.write_bytes(probe, b"dpo-ray")
     except OSError as error:
-        raise ResourceError(f"root {root} cannot be written: {error}. Choose another `root`, or mend its permissions") from error
+        raise ResourceError(
+            f"root {root} cannot be written: {error}. Choose another `root`, or mend its permissions"
+        ) from error
     try:
         for node, error in _read_on_every_node(probe):
             raise ResourceError(

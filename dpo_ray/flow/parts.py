@@ -74,7 +74,9 @@ class Grain(NamedTuple):
     schema: pa.Schema
 
 
-def split_into_parts(artifact: Artifact, rows_per_part: int, *, prefix: str = "part-", start: int = 0, stop: int | None = None) -> list[Part]:
+def split_into_parts(
+    artifact: Artifact, rows_per_part: int, *, prefix: str = "part-", start: int = 0, stop: int | None = None
+) -> list[Part]:
     """Cut rows start..stop of an artifact's table, in file order, into parts of at most `rows_per_part` rows."""
     parts: list[Part] = []
     slices: list[Slice] = []
@@ -128,8 +130,9 @@ def run_parts(
 
     def report() -> None:
         counters = sum((Counter(r.counters) for r in records.values()), Counter())
-        context.progress(sum(r.rows_in for r in records.values()), total, counters)
+        context.progress.update(sum(r.rows_in for r in records.values()), total, counters)
 
+    context.progress.begin(stage)
     report()
     if todo:
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
@@ -235,7 +238,9 @@ def _committed(directory: str, attempts: Mapping[str, str]) -> dict[str, PartRec
 def _summary(parts: Sequence[Part], records: Mapping[str, PartRecord], stage: str, max_dropped: float) -> StageOutput:
     missing = [p.name for p in parts if p.name not in records]
     if missing:
-        raise StageError(f"{stage}: {len(missing)} of {len(parts)} parts were not committed, the first is {missing[0]}; run again")
+        raise StageError(
+            f"{stage}: {len(missing)} of {len(parts)} parts were not committed, the first is {missing[0]}; run again"
+        )
     ordered = [records[p.name] for p in parts]
     rows_in = sum(r.rows_in for r in ordered)
     dropped = sum((Counter(r.dropped) for r in ordered), Counter())
@@ -246,7 +251,9 @@ def _summary(parts: Sequence[Part], records: Mapping[str, PartRecord], stage: st
         )
     rows_out = sum(r.rows_out for r in ordered)
     if rows_out == 0:
-        raise StageError(f"{stage}: every one of {rows_in} rows was dropped ({_by_reason(dropped)}); nothing is left to go on with")
+        raise StageError(
+            f"{stage}: every one of {rows_in} rows was dropped ({_by_reason(dropped)}); nothing is left to go on with"
+        )
     counters = sum((Counter(r.counters) for r in ordered), Counter())
     files = [r.file for r in ordered if r.file] + [r.quarantine for r in ordered if r.quarantine]
     return StageOutput(files, rows_in, rows_out, dict(dropped), dict(counters))

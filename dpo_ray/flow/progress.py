@@ -10,6 +10,7 @@ from typing import TextIO
 from dpo_ray.flow.artifact import Manifest
 
 LOG_INTERVAL_S = 5.0
+WIDTH = 32
 
 
 class Progress:
@@ -18,44 +19,47 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
-        self.key = ""
+        self.key = self.label = ""
         self.started = self.last = 0.0
         self.first: int | None = None
 
     def stage_started(self, key: str) -> None:
-        self.key, self.first = key, None
+        self.key = key
+        self.begin(key.rpartition("/")[2])
+        self._line(f"{key:<{WIDTH}} starting", end=False)
+
+    def begin(self, step: str) -> None:
+        """A step of the running stage begins (`generate`, `evaluate samples/start`)."""
+        where = self.key.rpartition("/")[0]
+        self.label = f"{where}/{step}" if where else step
+        self.first = None
         self.started = self.last = time.monotonic()
-        self._line(f"{key:<22} starting", end=False)
 
     def update(self, done: int, total: int, counters: Mapping[str, float]) -> None:
         """Rows done of rows in all; the first call after a start is what an earlier attempt had already done."""
         now = time.monotonic()
         if self.first is None:
-            self.first, self.started = done, now
+            self.first = done
         interval = 0.2 if self.live else LOG_INTERVAL_S
-        if done < total and now - self.last < interval:
+        if now - self.last < interval:
             return
         self.last = now
-        rate = (done - self.first) / max(now - self.started, 1e-9)
-        parts = [f"{self.key:<22} {done}/{total} rows"]
-        if done > self.first:
-            parts.append(f"{rate:.1f} rows/s")
+        seconds, fresh = max(now - self.started, 1e-9), done - self.first
+        parts = [f"{self.label:<{WIDTH}} {done}/{total} rows"]
+        if fresh:
+            parts.append(f"{fresh / seconds:.1f} rows/s")
             if tokens := counters.get("tokens"):
-                parts.append(f"{tokens * (1 - self.first / done) / max(now - self.started, 1e-9):,.0f} tokens/s")
+                parts.append(f"{tokens * fresh / done / seconds:,.0f} tokens/s")
             if done < total:
-                parts.append(f"{(total - done) / rate:.0f} s left")
+                parts.append(f"{(total - done) * seconds / fresh:.0f} s left")
         parts += [f"{k} {v:.4g}" for k, v in counters.items() if k.startswith(("loss", "rewards/"))]
         self._line(", ".join(parts), end=False)
-
-    def say(self, text: str) -> None:
-        """A note of the running stage, e.g. what it waits for."""
-        self._line(f"{self.key:<22} {text}", end=False)
 
     def stage_done(self, key: str, manifest: Manifest, *, skipped: bool) -> None:
         rows = f"{manifest.rows_in} in, {manifest.rows_out} out"
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(manifest.dropped.items()))
         state = "done before" if skipped else f"{manifest.seconds:.1f} s"
-        self._line(f"{key:<22} {state}: {rows}" + (f", dropped {dropped}" if dropped else ""), end=True)
+        self._line(f"{key:<{WIDTH}} {state}: {rows}" + (f", dropped {dropped}" if dropped else ""), end=True)
 
     def _line(self, text: str, *, end: bool) -> None:
         if self.live:

@@ -18,6 +18,7 @@ from dpo_ray.errors import StageError, StaleArtifactError
 from dpo_ray.flow import cluster, storage
 from dpo_ray.flow.artifact import MANIFEST, Artifact, Manifest, read_artifact, write_manifest
 from dpo_ray.flow.fingerprint import differing_fields, fingerprint
+from dpo_ray.flow.lease import Lease
 from dpo_ray.flow.progress import Progress
 from dpo_ray.flow.stage import Engine, EngineSpec, Stage, StageContext, StageOutput
 from dpo_ray.flow.versions import git_commit, library_versions
@@ -74,6 +75,13 @@ def decide(stage: Stage, directory: str, wanted: Mapping[str, Any], *, redo: boo
     return Action.REDO
 
 
+def finished(stages: Sequence[Stage], root: str, redo: Collection[str]) -> list[Outcome] | None:
+    """The outcomes of a plan that is committed already, as a whole; None when something is left to run."""
+    if any(action is not Action.SKIP for _, action in plan_actions(stages, root, redo)):
+        return None
+    return [Outcome(stage, artifact, True) for stage in stages if (artifact := read_artifact(f"{root}/{stage.key}"))]
+
+
 def plan_actions(stages: Sequence[Stage], root: str, redo: Collection[str]) -> list[tuple[Stage, Action]]:
     """What `run_plan` would do, without doing it (for --dry-run)."""
     actions: list[tuple[Stage, Action]] = []
@@ -84,7 +92,10 @@ def plan_actions(stages: Sequence[Stage], root: str, redo: Collection[str]) -> l
             continue
         directory = f"{root}/{stage.key}"
         inputs = {role: done[key] for role, key in stage.inputs.items()}
-        action = decide(stage, directory, identity(stage, inputs), redo=_asked_again(stage, redo))
+        if read_artifact(directory) is None:
+            action = Action.RUN  # without asking for the identity of what it names: the hub may be out of reach here
+        else:
+            action = decide(stage, directory, identity(stage, inputs), redo=_asked_again(stage, redo))
         actions.append((stage, action))
         artifact = read_artifact(directory)
         if action is Action.SKIP and artifact:
@@ -93,7 +104,7 @@ def plan_actions(stages: Sequence[Stage], root: str, redo: Collection[str]) -> l
 
 
 def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), progress: Progress) -> list[Outcome]:
-    """Run the stages in order and return one outcome each.
+    """Run the stages in order, as the one driver of this run, and return one outcome each.
 
     Raises:
         StaleArtifactError: a committed stage has other settings.
@@ -102,6 +113,7 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
     """
     outcomes: list[Outcome] = []
     artifacts: dict[str, Artifact] = {}
+    lease = Lease(root)
     holder = _EngineHolder()
     try:
         for stage in stages:
@@ -113,12 +125,13 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
             if artifact is None:
                 if action is Action.REDO:
                     supersede(root, stage.key)
-                artifact = _run_stage(stage, directory, wanted, inputs, holder, progress)
+                artifact = _run_stage(stage, directory, wanted, inputs, holder, progress, lease)
             artifacts[stage.key] = artifact
             outcomes.append(Outcome(stage, artifact, skipped=action is Action.SKIP))
             progress.stage_done(stage.key, artifact.manifest, skipped=action is Action.SKIP)
     finally:
         holder.close()
+        lease.release()
     return outcomes
 
 
@@ -143,15 +156,17 @@ def _run_stage(
     inputs: Mapping[str, Artifact],
     holder: _EngineHolder,
     progress: Progress,
+    lease: Lease,
 ) -> Artifact:
     cluster.check_fits(stage.key, stage.needs)
     started = time.monotonic()
     progress.stage_started(stage.key)
     engine = holder.engine_for(stage, inputs)
     idle = cluster.Idle()
-    context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, progress.update)
+    context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, progress)
     output = stage.run(context)
     idle.wait(stage.key)
+    lease.check()
     return write_manifest(directory, _manifest(stage, wanted, output, time.monotonic() - started))
 
 
@@ -186,7 +201,11 @@ class _EngineHolder:
 
 
 def _manifest(stage: Stage, wanted: Mapping[str, Any], output: StageOutput, seconds: float) -> Manifest:
-    if output.rows_in != output.rows_out + sum(output.dropped.values()) and stage.name not in ("pair", "train", "evaluate"):
+    if output.rows_in != output.rows_out + sum(output.dropped.values()) and stage.name not in (
+        "pair",
+        "train",
+        "evaluate",
+    ):
         raise StageError(
             f"{stage.key}: {output.rows_in} rows in, {output.rows_out} out, {sum(output.dropped.values())} dropped: the sums must agree"
         )

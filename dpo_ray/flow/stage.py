@@ -43,6 +43,18 @@ class EngineSpec:
     """Called with the inputs of the stage that needs it first."""
 
 
+class Progress(Protocol):
+    """Where a stage says how far it is."""
+
+    def begin(self, step: str) -> None:
+        """A step of the stage begins; rates and time left count from here."""
+        ...
+
+    def update(self, done: int, total: int, counters: Mapping[str, float]) -> None:
+        """Rows done, rows in all, and counters such as tokens; the first call says what was already done before."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What the runner hands to a stage."""
@@ -54,8 +66,7 @@ class StageContext:
     engine: Any
     release_engine: Callable[[], None]
     """Close the engine before the stage ends, when what follows inside it needs its place."""
-    progress: Callable[[int, int, Mapping[str, float]], None]
-    """Called with rows done, rows in all, and counters such as tokens."""
+    progress: Progress
 
 
 @dataclass(frozen=True)

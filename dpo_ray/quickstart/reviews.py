@@ -46,14 +46,58 @@ KINDS = (
     Kind("camera", "bought", "device"),
 )
 
-TITLE_FIRST = (
-    "Silent Golden Northern Hidden Crimson Distant Little Marble Winter Paper Velvet Copper Midnight Hollow Amber "
-    "Wandering Second Blue Iron Lost Summer Painted Quiet Silver"
-).split()
-TITLE_LAST = (
-    "Harbour Lantern Orchard River Compass Garden Mirror Falcon Anchor Bridge Meadow Station Island Feather Tower "
-    "Letter Forest Kingdom Sparrow Valley Window Voyage Market Canyon"
-).split()
+TITLE_FIRST = [
+    "Silent",
+    "Golden",
+    "Northern",
+    "Hidden",
+    "Crimson",
+    "Distant",
+    "Little",
+    "Marble",
+    "Winter",
+    "Paper",
+    "Velvet",
+    "Copper",
+    "Midnight",
+    "Hollow",
+    "Amber",
+    "Wandering",
+    "Second",
+    "Blue",
+    "Iron",
+    "Lost",
+    "Summer",
+    "Painted",
+    "Quiet",
+    "Silver",
+]
+TITLE_LAST = [
+    "Harbour",
+    "Lantern",
+    "Orchard",
+    "River",
+    "Compass",
+    "Garden",
+    "Mirror",
+    "Falcon",
+    "Anchor",
+    "Bridge",
+    "Meadow",
+    "Station",
+    "Island",
+    "Feather",
+    "Tower",
+    "Letter",
+    "Forest",
+    "Kingdom",
+    "Sparrow",
+    "Valley",
+    "Window",
+    "Voyage",
+    "Market",
+    "Canyon",
+]
 
 PROMPT_FORMS = (
     "Write a short review of the {kind} {title}.",
@@ -69,12 +113,90 @@ PROMPT_FORMS = (
 )
 
 ASPECTS = {
-    "story": "plot dialogue ending pacing opening setting cast soundtrack humour writing premise villain".split(),
-    "sound": "singing rhythm opening ending production mood voice editing structure humour sound pacing".split(),
-    "table": "soup bread coffee service menu dessert terrace kitchen fish salad music seating".split(),
-    "stay": "view breakfast service room bathroom location pool reception bed kitchen parking lighting".split(),
-    "outing": "tour layout lighting collection guide shop parking path view signage gallery fountain".split(),
-    "device": "screen battery design software packaging button case sound manual grip charger finish".split(),
+    "story": [
+        "plot",
+        "dialogue",
+        "ending",
+        "pacing",
+        "opening",
+        "setting",
+        "cast",
+        "soundtrack",
+        "humour",
+        "writing",
+        "premise",
+        "villain",
+    ],
+    "sound": [
+        "singing",
+        "rhythm",
+        "opening",
+        "ending",
+        "production",
+        "mood",
+        "voice",
+        "editing",
+        "structure",
+        "humour",
+        "sound",
+        "pacing",
+    ],
+    "table": [
+        "soup",
+        "bread",
+        "coffee",
+        "service",
+        "menu",
+        "dessert",
+        "terrace",
+        "kitchen",
+        "fish",
+        "salad",
+        "music",
+        "seating",
+    ],
+    "stay": [
+        "view",
+        "breakfast",
+        "service",
+        "room",
+        "bathroom",
+        "location",
+        "pool",
+        "reception",
+        "bed",
+        "kitchen",
+        "parking",
+        "lighting",
+    ],
+    "outing": [
+        "tour",
+        "layout",
+        "lighting",
+        "collection",
+        "guide",
+        "shop",
+        "parking",
+        "path",
+        "view",
+        "signage",
+        "gallery",
+        "fountain",
+    ],
+    "device": [
+        "screen",
+        "battery",
+        "design",
+        "software",
+        "packaging",
+        "button",
+        "case",
+        "sound",
+        "manual",
+        "grip",
+        "charger",
+        "finish",
+    ],
 }
 
 FACTS = {
@@ -116,24 +238,101 @@ BLAME = {
     "device": ("failed after two weeks", "made my daily work a pain", "frustrated all of my colleagues"),
 }
 
-GOOD = (
-    "wonderful superb delightful charming brilliant lovely excellent great pleasant beautiful impressive memorable "
-    "fantastic splendid inspired graceful enchanting outstanding remarkable refreshing elegant generous satisfying "
-    "thoughtful marvellous perfect amazing clever fresh gorgeous magnificent nice terrific stunning spectacular "
-    "incredible engaging solid inspiring reliable cheerful thrilling fine polished"
-).split()
-BAD = (
-    "dreadful awful boring clumsy dull terrible tedious weak ugly unpleasant disappointing forgettable horrible sloppy "
-    "tired careless bland miserable shabby frustrating cheap lifeless annoying shoddy dismal poor"
-).split()
-PLAIN = (
-    "ordinary modern simple traditional familiar typical standard predictable unusual quiet old-fashioned ambitious "
-    "serious plain conventional"
-).split()
+GOOD = [
+    "wonderful",
+    "superb",
+    "delightful",
+    "charming",
+    "brilliant",
+    "lovely",
+    "excellent",
+    "great",
+    "pleasant",
+    "beautiful",
+    "impressive",
+    "memorable",
+    "fantastic",
+    "splendid",
+    "inspired",
+    "graceful",
+    "enchanting",
+    "outstanding",
+    "remarkable",
+    "refreshing",
+    "elegant",
+    "generous",
+    "satisfying",
+    "thoughtful",
+    "marvellous",
+    "perfect",
+    "amazing",
+    "clever",
+    "fresh",
+    "gorgeous",
+    "magnificent",
+    "nice",
+    "terrific",
+    "stunning",
+    "spectacular",
+    "incredible",
+    "engaging",
+    "solid",
+    "inspiring",
+    "reliable",
+    "cheerful",
+    "thrilling",
+    "fine",
+    "polished",
+]
+BAD = [
+    "dreadful",
+    "awful",
+    "boring",
+    "clumsy",
+    "dull",
+    "terrible",
+    "tedious",
+    "weak",
+    "ugly",
+    "unpleasant",
+    "disappointing",
+    "forgettable",
+    "horrible",
+    "sloppy",
+    "tired",
+    "careless",
+    "bland",
+    "miserable",
+    "shabby",
+    "frustrating",
+    "cheap",
+    "lifeless",
+    "annoying",
+    "shoddy",
+    "dismal",
+    "poor",
+]
+PLAIN = [
+    "ordinary",
+    "modern",
+    "simple",
+    "traditional",
+    "familiar",
+    "typical",
+    "standard",
+    "predictable",
+    "unusual",
+    "quiet",
+    "old-fashioned",
+    "ambitious",
+    "serious",
+    "plain",
+    "conventional",
+]
 
-ADVERBS = "really truly surprisingly simply quite rather certainly".split()
-LIKED = "loved enjoyed admired adored appreciated liked".split()
-DISLIKED = "hated disliked regretted resented loathed despised".split()
+ADVERBS = ["really", "truly", "surprisingly", "simply", "quite", "rather", "certainly"]
+LIKED = ["loved", "enjoyed", "admired", "adored", "appreciated", "liked"]
+DISLIKED = ["hated", "disliked", "regretted", "resented", "loathed", "despised"]
 PEOPLE = ("anyone", "my friends", "my parents", "a colleague", "families", "my neighbours", "students", "visitors")
 TIMES = ("last week", "on a rainy Sunday", "in the spring", "two days ago", "with my sister", "after work",
          "during the holidays", "on my birthday", "with two friends", "by chance")  # fmt: skip

@@ -32,7 +32,9 @@ class RewardModel:
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def score(self, conversations: Sequence[list[dict[str, str]]], *, max_tokens: int, max_batch_tokens: int) -> list[float | None]:
+    def score(
+        self, conversations: Sequence[list[dict[str, str]]], *, max_tokens: int, max_batch_tokens: int
+    ) -> list[float | None]:
         """Score of each conversation, in order; None where it is longer than `max_tokens`."""
         rendered = [self._token_ids(c) for c in conversations]
         scores: list[float | None] = [None] * len(rendered)

@@ -16,7 +16,6 @@ from ray.data import Dataset
 from dpo_ray import ranking
 from dpo_ray.config import RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, policy_ref
-from dpo_ray.errors import StageError
 from dpo_ray.flow import cluster, storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files, write_table
 from dpo_ray.flow.parts import Grain, Part, Slice, run_parts
@@ -142,7 +141,11 @@ def compare(
         if against in scores:
             rate = ranking.win_rate(scores["policy"], scores[against], block.bootstrap_samples, config.seed)
             suffix = "" if against == "start" else "_initial"
-            metrics |= {f"win_rate{suffix}": rate.value, f"win_rate{suffix}_low": rate.low, f"win_rate{suffix}_high": rate.high}
+            metrics |= {
+                f"win_rate{suffix}": rate.value,
+                f"win_rate{suffix}_low": rate.low,
+                f"win_rate{suffix}_high": rate.high,
+            }
             metrics[f"tie_rate{suffix}"] = rate.ties
     for role, rows in scored.items():
         suffix = "" if role == "policy" else f"_{role}"
@@ -180,7 +183,7 @@ def _sample(
         prompts,
         context,
         Grain("prompt_id", "prompt_id", COMPLETIONS),
-        stage=f"evaluate ({below})",
+        stage=f"evaluate {below}",
         directory=f"{context.directory}/{below}",
     )
     return output.files
@@ -201,7 +204,9 @@ def _pass(
         for i, f in enumerate(f for f in files if not f.path.startswith("quarantine/"))
     ]
     grain = Grain(key, key, schema)
-    return run_parts(transform, parts, context, grain, stage=f"evaluate ({below})", directory=f"{context.directory}/{below}").files
+    return run_parts(
+        transform, parts, context, grain, stage=f"evaluate {below}", directory=f"{context.directory}/{below}"
+    ).files
 
 
 def _logps(context: StageContext, steps: Steps, file: FileRecord, policy: PolicyRef, below: str) -> dict[str, float]:
@@ -215,7 +220,7 @@ def _logps(context: StageContext, steps: Steps, file: FileRecord, policy: Policy
         parts,
         context,
         Grain("sequence_id", "sequence_id", schema),
-        stage=f"evaluate ({below})",
+        stage=f"evaluate {below}",
         directory=f"{context.directory}/{below}",
     )
     return {row["sequence_id"]: row["logps"] for row in _rows(context, output.files, below)}

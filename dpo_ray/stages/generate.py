@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
-from ray.data import Dataset
+from ray.data import Dataset, TaskPoolStrategy
 
 from dpo_ray.config import Generate, RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
@@ -28,7 +28,9 @@ GRAIN = Grain("prompt_id", "prompt_id", COMPLETIONS)
 SPEED_ARGS = {"gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "swap_space", "cpu_offload_gb"}
 
 
-def stage(config: RunConfig, round_: int, start: str, slice_of_round: Callable[[Artifact, RunConfig, int], list[Part]]) -> Stage:
+def stage(
+    config: RunConfig, round_: int, start: str, slice_of_round: Callable[[Artifact, RunConfig, int], list[Part]]
+) -> Stage:
     """Stage of round `round_`, sampling from the policy that the stage `start` committed."""
     block = config.generate
 
@@ -121,7 +123,7 @@ def generate(
         return table.append_column("completions", pa.array(completions, pa.list_(COMPLETION)))
 
     in_flight = len(engine.actors) * block.resources.parts_in_flight
-    return ds.map_batches(sample, batch_size=None, batch_format="pyarrow", num_cpus=0.1, concurrency=in_flight)
+    return ds.map_batches(sample, batch_size=None, batch_format="pyarrow", num_cpus=0.1, compute=TaskPoolStrategy(in_flight))
 
 
 def count_completions(table: pa.Table) -> dict[str, float]:

@@ -24,7 +24,9 @@ from dpo_ray.schemas import PREFERENCES, content_id
 VERSION = 1
 GRAIN = Grain("prompt_id", "pair_id", PREFERENCES)
 # Inside the stage a dropped prompt has no pair, so the pair's columns can be null; conform() checks the kept rows.
-IN_FLIGHT = pa.schema([f.with_nullable(True) for f in PREFERENCES] + [pa.field(PART, pa.string()), pa.field(DROP_REASON, pa.string())])
+IN_FLIGHT = pa.schema(
+    [f.with_nullable(True) for f in PREFERENCES] + [pa.field(PART, pa.string()), pa.field(DROP_REASON, pa.string())]
+)
 
 
 def stage(config: RunConfig, round_: int) -> Stage:

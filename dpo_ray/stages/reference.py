@@ -33,7 +33,9 @@ def stage(config: RunConfig, round_: int, reference: str) -> Stage:
 
         def add(ds: Dataset) -> Dataset:
             ds = add_logps(ds, policy, config.train.dtype, columns, block.max_batch_tokens, block.resources)
-            return ds.map_batches(_name_reference, fn_args=(policy.identity,), batch_size=None, batch_format="pyarrow", num_cpus=0.1)
+            return ds.map_batches(
+                _name_reference, fn_args=(policy.identity,), batch_size=None, batch_format="pyarrow", num_cpus=0.1
+            )
 
         parts = split_into_parts(context.inputs["pairs"], block.resources.rows_per_part)
         return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
@@ -118,7 +120,11 @@ class _LogpsActor:
         from dpo_ray.learn.batched import score_completions
 
         logps = score_completions(
-            self.model, prompts, table[source].to_pylist(), max_batch_tokens=self.max_batch_tokens, pad_token_id=self.pad
+            self.model,
+            prompts,
+            table[source].to_pylist(),
+            max_batch_tokens=self.max_batch_tokens,
+            pad_token_id=self.pad,
         )
         for key, value in zip(table.column(0).to_pylist(), logps, strict=True):
             if not (math.isfinite(value) and value <= 0.0):

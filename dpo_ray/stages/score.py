@@ -169,7 +169,5 @@ class _RewardModelActor:
 
     def _judge(self, rows: list[dict[str, Any]]) -> list[Judgement]:
         conversations = [[*r["prompt"], {"role": "assistant", "content": r["completion"]}] for r in rows]
-        scores = self.model.score(
-            conversations, max_tokens=self.block.max_tokens, max_batch_tokens=self.block.max_batch_tokens
-        )
+        scores = self.model.score(conversations, max_tokens=self.block.max_tokens, max_batch_tokens=self.block.max_batch_tokens)
         return [(s, None if s is not None else "too_long_for_reward_model") for s in scores]

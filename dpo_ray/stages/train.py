@@ -41,7 +41,10 @@ def stage(config: RunConfig, round_: int, start: str) -> Stage:
         name="train",
         round=round_,
         version=VERSION,
-        config={"seed": config.seed, **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens"})},
+        config={
+            "seed": config.seed,
+            **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens"}),
+        },
         inputs={"pairs": f"round_{round_:02d}/reference", "policy": start},
         run=lambda context: _train(config, round_, context),
         needs=Needs(block.resources.workers, block.resources.cpus, block.resources.gpus, "train worker"),
@@ -79,13 +82,17 @@ def _train(config: RunConfig, round_: int, context: StageContext) -> StageOutput
     )
     torch_config = TorchConfig(backend="nccl" if resources.gpus else "gloo")
     trainer = TorchTrainer(
-        _worker, train_loop_config={**arguments, "board": board}, scaling_config=scaling, run_config=run_config, torch_config=torch_config
+        _worker,
+        train_loop_config={**arguments, "board": board},
+        scaling_config=scaling,
+        run_config=run_config,
+        torch_config=torch_config,
     )
     done = fit.remote(trainer)
     while not ray.wait([done], timeout=0.5)[0]:
         latest = ray.get(board.latest.remote())
         if latest:
-            context.progress(*latest)
+            context.progress.update(*latest)
     try:
         ray.get(done)
     except ray.exceptions.RayTaskError as error:
@@ -127,7 +134,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from dpo_ray.learn import batches, checkpoint, dpo, logps, optim, policy, tokens
+    from dpo_ray.learn import checkpoint, dpo, logps, optim, policy, tokens
 
     config: RunConfig = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
