@@ -68,7 +68,7 @@ def load_config(path: str, dotted: Mapping[str, Any] | None = None) -> RunConfig
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'config'}: {_explain(e)}" for e in error.errors()]
+        lines = [f"  {_flag(e['loc']) or 'config'}: {_explain(e)}" for e in error.errors()]
         raise ConfigError(f"{path} is not a valid configuration:\n" + "\n".join(lines)) from None
 
 
@@ -102,6 +102,12 @@ def _set(tree: dict[str, Any], path: Sequence[str], value: Any, name: str) -> No
         if not isinstance(tree, dict):
             raise ConfigError(f"--{name}: {key!r} is {tree!r} in the YAML, not a block of fields; set the block itself")
     tree[path[-1]] = value
+
+
+def _flag(place: Sequence[str | int]) -> str:
+    """The flag of a field, without the `kind` that pydantic puts after `score`, the one block of several kinds."""
+    parts = [str(part) for part in place]
+    return ".".join(parts[:1] + parts[2:] if parts[:1] == ["score"] and len(parts) > 2 else parts)
 
 
 def _explain(error: Mapping[str, Any]) -> str:

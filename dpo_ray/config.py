@@ -24,22 +24,22 @@ class Block(BaseModel):
 class DataResources(Block):
     """Where a row-wise stage runs. Never part of a fingerprint: results change by rounding at most."""
 
-    rows_per_part: int = Field(64, ge=1)
+    rows_per_part: int = Field(default=64, ge=1)
     """Rows that are committed together; a kill loses at most the parts in flight."""
-    cpus: float = Field(1.0, gt=0)
+    cpus: float = Field(default=1.0, gt=0)
     """CPUs of one task."""
 
 
 class ActorResources(Block):
     """Where a stage with a loaded model runs."""
 
-    rows_per_part: int = Field(64, ge=1)
+    rows_per_part: int = Field(default=64, ge=1)
     """Rows that are committed together; a kill loses at most the parts in flight."""
     actors: int | tuple[int, int] = 1
     """Number of model copies, or [min, max]: as many as fit, at least min."""
-    cpus: float = Field(1.0, ge=0)
+    cpus: float = Field(default=1.0, ge=0)
     """CPUs of one actor."""
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs of one actor."""
 
     @field_validator("actors")
@@ -62,9 +62,9 @@ class ActorResources(Block):
 class EngineResources(ActorResources):
     """Where generation engines run: one actor is one engine."""
 
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
     """Devices that one engine spans, all on one node. With GPUs, `gpus` must equal it."""
-    parts_in_flight: int = Field(2, ge=1)
+    parts_in_flight: int = Field(default=2, ge=1)
     """Parts that one engine works on at a time, so that the tail of one overlaps the next."""
 
     @model_validator(mode="after")
@@ -79,11 +79,11 @@ class EngineResources(ActorResources):
 class TrainResources(Block):
     """Where training runs."""
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Ray Train workers, one process each; FSDP2 shards the policy over all of them."""
-    cpus: float = Field(1.0, gt=0)
+    cpus: float = Field(default=1.0, gt=0)
     """CPUs of one worker."""
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker (0 or 1)."""
 
 
@@ -108,11 +108,11 @@ class Prompts(Block):
     """Columns kept in `meta` for the scorer; None keeps every other column."""
     num_prompts: int | None = Field(default=None, ge=1)
     """Read at most this many rows of the source."""
-    eval_prompts: int = Field(256, ge=1)
+    eval_prompts: int = Field(default=256, ge=1)
     """Prompts held out for evaluation: about this many, chosen by hash, the same in every round."""
     split_by: Literal["conversation", "prompt"] = "conversation"
     """What the hash of the split is taken of: system prompt and first user turn, or the whole prompt."""
-    max_dropped: float = Field(0.05, ge=0, le=1)
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
     """The stage fails when more than this share of the source's rows is unusable. Duplicates do not count."""
     resources: DataResources = DataResources(rows_per_part=4096)
 
@@ -120,15 +120,15 @@ class Prompts(Block):
 class Sampling(Block):
     """Sampling parameters; every one is explicit, a model's generation_config.json changes none of them."""
 
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     """0 keeps all tokens."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(default=512, ge=1)
     """Length limit of a completion; one that reaches it has finish_reason `length` and no end token."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -140,10 +140,10 @@ class Generate(Block):
 
     engine: Literal["vllm", "hf"] = "vllm"
     """`hf` is the fallback where vLLM has no wheel: the same rows, slower."""
-    num_completions: int = Field(2, ge=2)
+    num_completions: int = Field(default=2, ge=2)
     """Completions of each prompt (K)."""
     sampling: Sampling = Sampling()
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(default=1024, ge=1)
     """A longer prompt is quarantined, never cut."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, e.g. {enable_thinking: false}."""
@@ -155,7 +155,7 @@ class Generate(Block):
     """Keep the engine's own log-probability of each completion (a diagnostic; never used as reference)."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to the engine as they are, e.g. {gpu_memory_utilization: 0.85, enforce_eager: true}."""
-    max_dropped: float = Field(0.05, ge=0, le=1)
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
     """The stage fails when more than this share of its rows is quarantined."""
     resources: EngineResources = EngineResources()
 
@@ -174,7 +174,7 @@ class FunctionScore(Block):
     """`package.module:name` or `path/to/file.py:name`; called with rows of prompt, completion, meta, finish_reason."""
     reasoning_end: str | None = None
     """Give the function the completion after the last such marker (e.g. `</think>`), without the reasoning part."""
-    max_dropped: float = Field(0.05, ge=0, le=1)
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
     resources: DataResources = DataResources()
 
 
@@ -187,12 +187,12 @@ class RewardModelScore(Block):
     revision: str | None = None
     reasoning_end: str | None = None
     """Score the completion after the last such marker (e.g. `</think>`), without the reasoning part."""
-    max_tokens: int = Field(4096, ge=1)
+    max_tokens: int = Field(default=4096, ge=1)
     """A longer conversation is dropped by reason, never cut."""
-    max_batch_tokens: int = Field(16384, ge=1)
+    max_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens of one forward."""
     dtype: Dtype = "bfloat16"
-    max_dropped: float = Field(0.05, ge=0, le=1)
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
     resources: ActorResources = ActorResources()
 
 
@@ -204,7 +204,7 @@ class Pair(Block):
 
     method: Literal["best_worst", "random", "all_above_gap"] = "best_worst"
     """Best against worst, one random pair ordered by score, or every pair whose score gap is at least min_gap."""
-    min_gap: float = Field(0.0, ge=0)
+    min_gap: float = Field(default=0.0, ge=0)
     """Smallest score gap of a pair."""
     drop_ties: bool = True
     """Drop pairs of equal score; else the earlier sample is the chosen one."""
@@ -224,7 +224,7 @@ class Reference(Block):
 
     policy: str | None = None
     """`initial`, `previous` (the policy that the round starts from), a hub id or a directory."""
-    max_batch_tokens: int = Field(16384, ge=1)
+    max_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens of one forward."""
     resources: ActorResources = ActorResources()
 
@@ -236,23 +236,23 @@ class Train(Block):
     beta: float = Field(gt=0)
     """Strength of the pull to the reference (Eq. 7, arXiv:2305.18290)."""
     learning_rate: float = Field(gt=0)
-    global_batch_size: int = Field(64, ge=1)
+    global_batch_size: int = Field(default=64, ge=1)
     """Pairs of one optimizer step, over all workers and micro-batches."""
-    max_batch_tokens: int = Field(16384, ge=1)
+    max_batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens (chosen and rejected) of one micro-batch; gradients accumulate to the global batch."""
-    epochs: int = Field(1, ge=1)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(default=1, ge=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls to 0 after the warmup, or stays."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Not applied to norms and biases."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Dtype = "bfloat16"
     """Compute type, of the reference stage too; master weights and log-softmax are float32."""
     activation_checkpointing: bool = False
-    checkpoint_steps: int = Field(100, ge=1)
+    checkpoint_steps: int = Field(default=100, ge=1)
     """Steps between two checkpoints for resume."""
     resources: TrainResources = TrainResources()
 
@@ -271,11 +271,11 @@ class Evaluate(Block):
 
     sampling: Sampling | None = None
     """None: as in generate."""
-    num_completions: int = Field(1, ge=1)
+    num_completions: int = Field(default=1, ge=1)
     """Completions of each held-out prompt that are compared."""
-    best_of: int = Field(1, ge=1)
+    best_of: int = Field(default=1, ge=1)
     """Completions of each held-out prompt from the starting policy, to report the mean of the best of them."""
-    bootstrap_samples: int = Field(2000, ge=100)
+    bootstrap_samples: int = Field(default=2000, ge=100)
     """Resamples of the prompts for the 95 % intervals."""
     resources: DataResources = DataResources()
 
@@ -294,7 +294,7 @@ class RunConfig(Block):
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along."""
     seed: int = 0
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(default=1, ge=1)
     prompts_per_round: int = Field(ge=1)
     """Each round takes its own slice of one fixed permutation of the training prompts."""
     prompts: Prompts

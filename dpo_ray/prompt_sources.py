@@ -137,14 +137,10 @@ def source_files(source: str) -> list[SourceFile]:
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"prompts.source: {source!r} cannot be listed: {error}") from error
     if not files:
-        raise ConfigError(
-            f"prompts.source: {source!r} names no file (working directory {os.getcwd()}); correct the path"
-        )
+        raise ConfigError(f"prompts.source: {source!r} names no file (working directory {os.getcwd()}); correct the path")
     for file in files:
         if not file.name.removesuffix(".gz").endswith(FORMATS):
-            raise ConfigError(
-                f"prompts.source: {file.name!r} is none of {FORMATS}; convert it, or name files in a glob"
-            )
+            raise ConfigError(f"prompts.source: {file.name!r} is none of {FORMATS}; convert it, or name files in a glob")
     return files
 
 
@@ -209,9 +205,7 @@ def _dataset_directory(source: str) -> Path | None:
     if path.is_file():
         raise ConfigError(f"prompts.source: {name!r} is a file; name it without {DATASETS!r}")
     if not HUB_ID.fullmatch(name):
-        raise ConfigError(
-            f"prompts.source: {name!r} is neither a directory (working directory {os.getcwd()}) nor a hub id"
-        )
+        raise ConfigError(f"prompts.source: {name!r} is neither a directory (working directory {os.getcwd()}) nor a hub id")
     return None
 
 

@@ -38,9 +38,7 @@ QUARANTINE_CHARS = 4000
 
 # 64-bit offsets: Arrow reorders a column in one piece, and that of a large source has more than 2 GB of text.
 _LARGE_MESSAGES = pa.large_list(pa.struct({"role": pa.large_string(), "content": pa.large_string()}))
-_USABLE = pa.schema(
-    {"prompt": _LARGE_MESSAGES} | dict.fromkeys(("prompt_id", "tools", "meta", "group"), pa.large_string())
-)
+_USABLE = pa.schema({"prompt": _LARGE_MESSAGES} | dict.fromkeys(("prompt_id", "tools", "meta", "group"), pa.large_string()))
 QUARANTINE = pa.schema(dict.fromkeys(("location", "drop_reason", "row"), pa.string()))
 
 

@@ -125,6 +125,6 @@ def conform(table: pa.Table, schema: pa.Schema, stage: str, key: str) -> pa.Tabl
             )
         try:
             columns.append(column if column.type == field.type else column.cast(field.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except pa.ArrowException as error:
             raise SchemaError(f"{stage}: column {field.name!r} is {column.type}, expected {field.type}: {error}") from error
     return pa.Table.from_arrays(columns, schema=schema)

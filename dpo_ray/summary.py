@@ -23,7 +23,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
         m = outcome.artifact.manifest
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(m.dropped.items())) or "-"
         tokens = m.metrics.get("tokens")
-        rate = f"{tokens / m.seconds:,.0f}" if tokens else "-"
+        rate = f"{tokens / m.seconds:,.0f}" if tokens and m.seconds else "-"
         seconds = f"{m.seconds:.1f}" + (" (done before)" if outcome.skipped else "")
         rows.append([outcome.stage.key, str(m.rows_in), str(m.rows_out), dropped, seconds, rate])
     return _table(["stage", "rows in", "rows out", "dropped", "seconds", "tokens/s"], rows)
@@ -33,7 +33,8 @@ def round_result(metrics: dict[str, Any]) -> str:
     """The round's result in a few lines of words and figures."""
     m = metrics
     lines = [
-        f"win rate against the start   {m['win_rate']:.3f}  (95 % interval {m['win_rate_low']:.3f} to {m['win_rate_high']:.3f}, "
+        f"win rate against the start   {m['win_rate']:.3f}  (95 % interval "
+        f"{m['win_rate_low']:.3f} to {m['win_rate_high']:.3f}, "
         f"ties {m['tie_rate']:.1%}, {m['prompts']} held-out prompts)"
     ]
     if "win_rate_initial" in m:

@@ -45,8 +45,8 @@ class HfEngine:
     def _load_weights(self, policy: PolicyRef) -> None:
         where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
         path = local_path(policy)
-        model = load_policy(path, dtype=getattr(torch, self.settings.dtype), **where)
-        self.model = model.to(self.device)
+        model: Any = load_policy(path, dtype=getattr(torch, self.settings.dtype), **where)
+        self.model: Any = model.to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(path, **where)
         eos = model.generation_config.eos_token_id
         self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]

@@ -105,7 +105,8 @@ class EnginePool:
         loads: list[tuple[int, int]] = []
         for index, actor in enumerate(self.actors):
             try:
-                loads.append((ray.get(actor.load.remote(), timeout=10), index))
+                load: Any = ray.get(actor.load.remote(), timeout=10)
+                loads.append((load, index))
             except (RayActorError, GetTimeoutError):
                 continue  # dead or starting again
         return self.actors[min(loads)[1] if loads else 0]

@@ -105,6 +105,7 @@ class VllmEngine:
                 if not running:
                     self._retire()
                     continue
+                output: Any
                 for output in self.engine.step():
                     if output.finished:
                         call, index = running.pop(output.request_id)

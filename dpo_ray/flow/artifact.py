@@ -78,7 +78,7 @@ class Artifact:
 
 
 def read_artifact(directory: str) -> Artifact | None:
-    """The committed stage in `directory`, or None when nothing is committed there.
+    """The committed stage in `directory`, or None when nothing is committed there; a torn manifest commits nothing.
 
     Raises:
         SchemaError: there is a manifest, but it is not one of ours.
@@ -89,6 +89,8 @@ def read_artifact(directory: str) -> Artifact | None:
     try:
         return Artifact(directory, Manifest.model_validate_json(storage.read_bytes(path)))
     except ValidationError as error:
+        if error.errors()[0]["type"] == "json_invalid":
+            return None
         raise SchemaError(
             f"{path} is not a manifest of this version of dpo-ray; use another `name` or `root`: {error}"
         ) from error
@@ -111,7 +113,8 @@ def write_table(directory: str, path: str, table: pa.Table) -> FileRecord:
 
 def read_table(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     fs, path = storage.filesystem(uri)
-    return pq.read_table(path, filesystem=fs, columns=None if columns is None else list(columns), partitioning=None)
+    with fs.open_input_file(path) as file:
+        return pq.read_table(file, columns=None if columns is None else list(columns))
 
 
 def record_files(directory: str, below: str) -> list[FileRecord]:

@@ -31,8 +31,8 @@ class Lease:
         if holder and alive(holder):
             raise ResourceError(
                 f"{directory} is being run by process {holder['pid']} on {holder['host']} (last sign of life "
-                f"{time.time() - holder['time']:.0f} s ago). Wait for it, stop it, or give this run another `name`; a driver that "
-                f"died on another machine is taken over {EXPIRES_S:g} s after its last sign of life"
+                f"{time.time() - holder['time']:.0f} s ago). Wait for it, stop it, or give this run another `name`; a driver "
+                f"that died on another machine is taken over {EXPIRES_S:g} s after its last sign of life"
             )
         self.token = uuid.uuid4().hex
         self.stop = threading.Event()

@@ -70,7 +70,7 @@ def decide(stage: Stage, directory: str, wanted: Mapping[str, Any], *, redo: boo
         lines = "\n  ".join(changed)
         raise StaleArtifactError(
             f"{stage.key} is committed in {directory} with other settings:\n  {lines}\n"
-            f"Take the settings back, or run it and what follows again with `--redo {stage.key}`, or start a run of another `name`"
+            f"Take the settings back, or run it and what follows again with `--redo {stage.key}`, or use another `name`"
         )
     return Action.REDO
 
@@ -201,13 +201,11 @@ class _EngineHolder:
 
 
 def _manifest(stage: Stage, wanted: Mapping[str, Any], output: StageOutput, seconds: float) -> Manifest:
-    if output.rows_in != output.rows_out + sum(output.dropped.values()) and stage.name not in (
-        "pair",
-        "train",
-        "evaluate",
-    ):
+    dropped = sum(output.dropped.values())
+    one_to_one = stage.name not in ("pair", "train", "evaluate")
+    if one_to_one and output.rows_in != output.rows_out + dropped:
         raise StageError(
-            f"{stage.key}: {output.rows_in} rows in, {output.rows_out} out, {sum(output.dropped.values())} dropped: the sums must agree"
+            f"{stage.key}: {output.rows_in} rows in, {output.rows_out} out, {dropped} dropped: the sums must agree"
         )
     return Manifest(
         stage=stage.name,

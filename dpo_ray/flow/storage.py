@@ -27,7 +27,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
         scheme = uri.split("://", 1)[0]
         try:
-            return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme))), uri.split("://", 1)[-1]
+            fs, path = fsspec.url_to_fs(uri)  # the path as that filesystem itself writes it
+            return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
         except (ValueError, ImportError):
             raise ConfigError(f"{uri}: neither pyarrow.fs nor fsspec can open the scheme {scheme!r}") from error
 

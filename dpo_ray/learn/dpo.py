@@ -127,9 +127,7 @@ def _describe(
 ) -> str:
     where = f"step {step}: loss {loss}, gradient norm {grad_norm}"
     if bad_pairs:
-        return (
-            f"{where}; no finite loss on this rank for pairs {', '.join(bad_pairs[:5])}: check their log-probabilities"
-        )
+        return f"{where}; no finite loss on this rank for pairs {', '.join(bad_pairs[:5])}: check their log-probabilities"
     pair_ids = [pair_id for rows in micro_batches if rows for pair_id in fetch(rows).pair_id]
     first = ", ".join(pair_ids[:5]) or "none"
     return f"{where}; first pairs of this rank: {first}; try a lower learning rate, or dtype float32"

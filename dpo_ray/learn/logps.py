@@ -20,9 +20,7 @@ IGNORED = -100
 MAX_FAST_PATH_ERROR = 1e-5
 
 
-def completion_logps(
-    model: PreTrainedModel, input_ids_ST: torch.Tensor, completion_mask_ST: torch.Tensor
-) -> torch.Tensor:
+def completion_logps(model: PreTrainedModel, input_ids_ST: torch.Tensor, completion_mask_ST: torch.Tensor) -> torch.Tensor:
     """Return the log-probability of each completion given its prompt: (S,) float32, sums in nats.
 
     No attention mask is passed: padding stands on the right, where a causal model's completion tokens do not see it,

@@ -45,13 +45,9 @@ def check_policy_directory(path: str | Path) -> None:
         if missing := sorted(name for name in shards if not (path / name).is_file()):
             raise ConfigError(f"policy {path} lacks {missing[0]}, which {WEIGHTS_INDEX} names; copy it there again")
     if not any(any(path.glob(pattern)) for pattern in TOKENIZER_MODELS):
-        raise ConfigError(
-            f"policy {path} has no tokenizer ({TOKENIZER_MODELS[0]}); save it with tokenizer.save_pretrained"
-        )
+        raise ConfigError(f"policy {path} has no tokenizer ({TOKENIZER_MODELS[0]}); save it with tokenizer.save_pretrained")
     if not _has_chat_template(path):
-        raise ConfigError(
-            f"policy {path} has no chat template; put the one it was tuned with there as {CHAT_TEMPLATES[0]}"
-        )
+        raise ConfigError(f"policy {path} has no chat template; put the one it was tuned with there as {CHAT_TEMPLATES[0]}")
 
 
 def _has_chat_template(path: Path) -> bool:

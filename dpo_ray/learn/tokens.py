@@ -84,9 +84,7 @@ def _check_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         )
     # Some tokenizers have one token for BOS and EOS; a template may well write that one between turns.
     if bos != tokenizer.eos_token_id:
-        raise ValueError(
-            f"BOS token {tokenizer.bos_token} at position {ids.index(bos, 1)}; expected at most one, in front"
-        )
+        raise ValueError(f"BOS token {tokenizer.bos_token} at position {ids.index(bos, 1)}; expected at most one, in front")
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -116,9 +114,7 @@ def collate(
     sequences, prompt_lengths = [], []
     for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
         if len(prompt) == 0 or len(completion) == 0:
-            raise ValueError(
-                f"sequence {row} has {len(prompt)} prompt and {len(completion)} completion tokens; need >= 1"
-            )
+            raise ValueError(f"sequence {row} has {len(prompt)} prompt and {len(completion)} completion tokens; need >= 1")
         sequences.append(np.concatenate([np.asarray(prompt, np.int64), np.asarray(completion, np.int64)]))
         prompt_lengths.append(len(prompt))
     lengths = np.array([len(ids) for ids in sequences], np.int64)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from dpo_ray.quickstart import reviews
 
@@ -37,17 +38,20 @@ TOKENIZER_REVIEWS = 4000
 """Reviews, with their prompts, from which the vocabulary is learnt."""
 
 MODEL = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 448,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
-NUM_STEPS = 550
+"""The last two suit a narrow model and texts of 60 tokens: with the library's defaults it learns to copy a title late."""
+NUM_STEPS = 900
 BATCH_SIZE = 16
-MAX_LEARNING_RATE = 3e-3
+MAX_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 30
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -88,7 +92,8 @@ def build_policy(
             tokenizer = _build_tokenizer(seed)
             model = _build_model(tokenizer)
             _fine_tune(model, tokenizer, seed, num_steps, report)
-        model.save_pretrained(scratch)
+        with _no_progress_bars():
+            model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)
         if directory.exists():
@@ -96,6 +101,18 @@ def build_policy(
         os.replace(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 @contextmanager

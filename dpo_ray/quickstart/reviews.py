@@ -1,7 +1,7 @@
 """Prompts that ask for a review, and reviews of mixed sentiment that answer them.
 
 In: a number and a seed. Out: chat prompts, all distinct, and short reviews (two to four sentences) that fit the kind of
-thing the prompt names. A grammar over small word lists: a model of two million parameters learns it in a minute, and
+thing the prompt names. A grammar over small word lists: a model of one million parameters learns it in a minute, and
 yet has thousands of ways to be kind or unkind.
 Invariant: the same arguments give the same text on every machine and Python version that keeps `random.Random`.
 """
@@ -29,6 +29,10 @@ class Request(NamedTuple):
     text: str
 
 
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
 KINDS = (
     Kind("film", "watched", "story"),
     Kind("series", "watched", "story"),
@@ -46,58 +50,18 @@ KINDS = (
     Kind("camera", "bought", "device"),
 )
 
-TITLE_FIRST = [
-    "Silent",
-    "Golden",
-    "Northern",
-    "Hidden",
-    "Crimson",
-    "Distant",
-    "Little",
-    "Marble",
-    "Winter",
-    "Paper",
-    "Velvet",
-    "Copper",
-    "Midnight",
-    "Hollow",
-    "Amber",
-    "Wandering",
-    "Second",
-    "Blue",
-    "Iron",
-    "Lost",
-    "Summer",
-    "Painted",
-    "Quiet",
-    "Silver",
-]
-TITLE_LAST = [
-    "Harbour",
-    "Lantern",
-    "Orchard",
-    "River",
-    "Compass",
-    "Garden",
-    "Mirror",
-    "Falcon",
-    "Anchor",
-    "Bridge",
-    "Meadow",
-    "Station",
-    "Island",
-    "Feather",
-    "Tower",
-    "Letter",
-    "Forest",
-    "Kingdom",
-    "Sparrow",
-    "Valley",
-    "Window",
-    "Voyage",
-    "Market",
-    "Canyon",
-]
+TITLE_FIRST = _listed(
+    """
+    Silent Golden Northern Hidden Crimson Distant Little Marble Winter Paper Velvet Copper Midnight Hollow Amber
+    Wandering Second Blue Iron Lost Summer Painted Quiet Silver
+    """
+)
+TITLE_LAST = _listed(
+    """
+    Harbour Lantern Orchard River Compass Garden Mirror Falcon Anchor Bridge Meadow Station Island Feather Tower Letter
+    Forest Kingdom Sparrow Valley Window Voyage Market Canyon
+    """
+)
 
 PROMPT_FORMS = (
     "Write a short review of the {kind} {title}.",
@@ -113,90 +77,12 @@ PROMPT_FORMS = (
 )
 
 ASPECTS = {
-    "story": [
-        "plot",
-        "dialogue",
-        "ending",
-        "pacing",
-        "opening",
-        "setting",
-        "cast",
-        "soundtrack",
-        "humour",
-        "writing",
-        "premise",
-        "villain",
-    ],
-    "sound": [
-        "singing",
-        "rhythm",
-        "opening",
-        "ending",
-        "production",
-        "mood",
-        "voice",
-        "editing",
-        "structure",
-        "humour",
-        "sound",
-        "pacing",
-    ],
-    "table": [
-        "soup",
-        "bread",
-        "coffee",
-        "service",
-        "menu",
-        "dessert",
-        "terrace",
-        "kitchen",
-        "fish",
-        "salad",
-        "music",
-        "seating",
-    ],
-    "stay": [
-        "view",
-        "breakfast",
-        "service",
-        "room",
-        "bathroom",
-        "location",
-        "pool",
-        "reception",
-        "bed",
-        "kitchen",
-        "parking",
-        "lighting",
-    ],
-    "outing": [
-        "tour",
-        "layout",
-        "lighting",
-        "collection",
-        "guide",
-        "shop",
-        "parking",
-        "path",
-        "view",
-        "signage",
-        "gallery",
-        "fountain",
-    ],
-    "device": [
-        "screen",
-        "battery",
-        "design",
-        "software",
-        "packaging",
-        "button",
-        "case",
-        "sound",
-        "manual",
-        "grip",
-        "charger",
-        "finish",
-    ],
+    "story": _listed("plot dialogue ending pacing opening setting cast soundtrack humour writing premise villain"),
+    "sound": _listed("singing rhythm opening ending production mood voice editing structure humour sound pacing"),
+    "table": _listed("soup bread coffee service menu dessert terrace kitchen fish salad music seating"),
+    "stay": _listed("view breakfast service room bathroom location pool reception bed kitchen parking lighting"),
+    "outing": _listed("tour layout lighting collection guide shop parking path view signage gallery fountain"),
+    "device": _listed("screen battery design software packaging button case sound manual grip charger finish"),
 }
 
 FACTS = {
@@ -238,101 +124,30 @@ BLAME = {
     "device": ("failed after two weeks", "made my daily work a pain", "frustrated all of my colleagues"),
 }
 
-GOOD = [
-    "wonderful",
-    "superb",
-    "delightful",
-    "charming",
-    "brilliant",
-    "lovely",
-    "excellent",
-    "great",
-    "pleasant",
-    "beautiful",
-    "impressive",
-    "memorable",
-    "fantastic",
-    "splendid",
-    "inspired",
-    "graceful",
-    "enchanting",
-    "outstanding",
-    "remarkable",
-    "refreshing",
-    "elegant",
-    "generous",
-    "satisfying",
-    "thoughtful",
-    "marvellous",
-    "perfect",
-    "amazing",
-    "clever",
-    "fresh",
-    "gorgeous",
-    "magnificent",
-    "nice",
-    "terrific",
-    "stunning",
-    "spectacular",
-    "incredible",
-    "engaging",
-    "solid",
-    "inspiring",
-    "reliable",
-    "cheerful",
-    "thrilling",
-    "fine",
-    "polished",
-]
-BAD = [
-    "dreadful",
-    "awful",
-    "boring",
-    "clumsy",
-    "dull",
-    "terrible",
-    "tedious",
-    "weak",
-    "ugly",
-    "unpleasant",
-    "disappointing",
-    "forgettable",
-    "horrible",
-    "sloppy",
-    "tired",
-    "careless",
-    "bland",
-    "miserable",
-    "shabby",
-    "frustrating",
-    "cheap",
-    "lifeless",
-    "annoying",
-    "shoddy",
-    "dismal",
-    "poor",
-]
-PLAIN = [
-    "ordinary",
-    "modern",
-    "simple",
-    "traditional",
-    "familiar",
-    "typical",
-    "standard",
-    "predictable",
-    "unusual",
-    "quiet",
-    "old-fashioned",
-    "ambitious",
-    "serious",
-    "plain",
-    "conventional",
-]
+GOOD = _listed(
+    """
+    wonderful superb delightful charming brilliant lovely excellent great pleasant beautiful impressive memorable
+    fantastic splendid inspired graceful enchanting outstanding remarkable refreshing elegant generous satisfying
+    thoughtful marvellous perfect amazing clever fresh gorgeous magnificent nice terrific stunning spectacular
+    incredible engaging solid inspiring reliable cheerful thrilling fine polished
+    """
+)
+BAD = _listed(
+    """
+    dreadful awful boring clumsy dull terrible tedious weak ugly unpleasant disappointing forgettable horrible sloppy
+    tired careless bland miserable shabby frustrating cheap lifeless annoying shoddy dismal poor
+    """
+)
+PLAIN = _listed(
+    """
+    ordinary modern simple traditional familiar typical standard predictable unusual quiet old-fashioned ambitious
+    serious plain conventional
+    """
+)
 
-ADVERBS = ["really", "truly", "surprisingly", "simply", "quite", "rather", "certainly"]
-LIKED = ["loved", "enjoyed", "admired", "adored", "appreciated", "liked"]
-DISLIKED = ["hated", "disliked", "regretted", "resented", "loathed", "despised"]
+ADVERBS = _listed("really truly surprisingly simply quite rather certainly")
+LIKED = _listed("loved enjoyed admired adored appreciated liked")
+DISLIKED = _listed("hated disliked regretted resented loathed despised")
 PEOPLE = ("anyone", "my friends", "my parents", "a colleague", "families", "my neighbours", "students", "visitors")
 TIMES = ("last week", "on a rainy Sunday", "in the spring", "two days ago", "with my sister", "after work",
          "during the holidays", "on my birthday", "with two friends", "by chance")  # fmt: skip

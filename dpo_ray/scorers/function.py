@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from dpo_ray.errors import ConfigError, StageError
 from dpo_ray.flow.fingerprint import hash_file
@@ -39,14 +39,17 @@ def load_function(spec: str) -> ScoreFunction:
     if not callable(function):
         names = sorted(n for n, v in vars(module).items() if inspect.isfunction(v) and not n.startswith("_"))
         raise ConfigError(f"score.function: {where!r} has no function {name!r}; it has {names}")
-    return function
+    return cast(ScoreFunction, function)
 
 
 def function_sources(spec: str) -> dict[str, str]:
     """SHA-256 of the source file of the function, for the fingerprint; by name, so that a checkout may move."""
-    path = inspect.getsourcefile(load_function(spec))
+    try:
+        path = inspect.getsourcefile(load_function(spec))
+    except TypeError:  # an object that can be called, a builtin
+        path = None
     if path is None:
-        raise ConfigError(f"score.function: {spec!r} has no Python source file; its changes could not be noticed")
+        raise ConfigError(f"score.function: {spec!r} is no function with Python source; its changes could not be noticed")
     return {f"source of {os.path.basename(path)}": hash_file(path)}
 
 

@@ -23,11 +23,8 @@ class RewardModel:
             raise ConfigError(f"score.model {path}: it has {model.config.num_labels} labels; a reward model has one")
         if not self.tokenizer.chat_template:
             raise ConfigError(f"score.model {path}: its tokenizer has no chat template, so a conversation cannot be rendered")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if model.config.pad_token_id is None:  # the model finds the last real token by it
-            model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.tokenizer.padding_side = "right"
+        self.config = model.config.get_text_config()
+        self.pad_token_id = self.config.pad_token_id
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.model = model.to(self.device).eval()
 
@@ -46,11 +43,20 @@ class RewardModel:
                     break
                 batch.append(i)
             fitting = fitting[len(batch) :]
-            padded = self.tokenizer.pad({"input_ids": [rendered[i] for i in batch]}, return_tensors="pt").to(self.device)
-            logits = self.model(**padded).logits[:, 0].float().tolist()
-            for i, value in zip(batch, logits, strict=True):
+            for i, value in zip(batch, self._scores([rendered[i] for i in batch]), strict=True):
                 scores[i] = value
         return scores
+
+    def _scores(self, token_ids: Sequence[list[int]]) -> list[float]:
+        """One forward. The model scores at the last token that is not its own padding token, so it is padded with that."""
+        pad = self.pad_token_id
+        if pad is None:  # then it means the last token, whatever it is: pad with one that no conversation ends with
+            pad = min(set(range(len(token_ids) + 1)) - {ids[-1] for ids in token_ids})
+            self.config.pad_token_id = pad
+        length = max(map(len, token_ids))
+        padded = torch.tensor([ids + [pad] * (length - len(ids)) for ids in token_ids], device=self.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in token_ids], device=self.device)
+        return self.model(input_ids=padded, attention_mask=mask).logits[:, 0].float().tolist()
 
     def _token_ids(self, conversation: list[dict[str, str]]) -> list[int]:
         return self.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)

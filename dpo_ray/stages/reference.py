@@ -5,6 +5,7 @@ Runs once a round, with the very function that training uses, so training holds 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,9 +34,8 @@ def stage(config: RunConfig, round_: int, reference: str) -> Stage:
 
         def add(ds: Dataset) -> Dataset:
             ds = add_logps(ds, policy, config.train.dtype, columns, block.max_batch_tokens, block.resources)
-            return ds.map_batches(
-                _name_reference, fn_args=(policy.identity,), batch_size=None, batch_format="pyarrow", num_cpus=0.1
-            )
+            name = functools.partial(_name_reference, identity=policy.identity)
+            return ds.map_batches(name, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
 
         parts = split_into_parts(context.inputs["pairs"], block.resources.rows_per_part)
         return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
@@ -105,7 +105,7 @@ class _LogpsActor:
         float32_matmul_fast_path()
         path = local_path(policy)
         where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        model = load_policy(path, dtype=getattr(torch, dtype), **where)
+        model: Any = load_policy(path, dtype=getattr(torch, dtype), **where)
         self.model = model.to("cuda" if use_gpu else "cpu")
         self.pad = pad_token_id(load_tokenizer(path, **where))
         self.columns, self.max_batch_tokens = columns, max_batch_tokens

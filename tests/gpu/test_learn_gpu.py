@@ -1,0 +1,154 @@
+"""The DPO core and the hf engine on one CUDA device, at the shape of a 0.5B model with random weights.
+
+Needs neither Ray nor vLLM: `python -m pytest tests/gpu -m gpu --noconftest -s` prints the figures.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from dpo_ray.engines.hf import HfEngine
+from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.requests import EngineSettings, Request
+from dpo_ray.learn import batches, dpo, optim
+from dpo_ray.learn.batched import score_completions
+from dpo_ray.learn.policy import export_policy, load_policy, policy_identity, shard
+from dpo_ray.quickstart.policy import build_policy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+VOCABULARY, PAIRS = 151_936, 256
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-0.5B's shape, tied embeddings, random bf16 weights, with the quickstart's tokenizer files."""
+    directory = tmp_path_factory.mktemp("policy")
+    build_policy(directory / "small", seed=0, num_steps=1)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    target = directory / "policy"
+    model.save_pretrained(target)
+    for file in (directory / "small").iterdir():
+        if not (target / file.name).exists():
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def rows() -> dpo.PairRows:
+    """Pairs of HH-RLHF's shape: prompts of about 100 tokens, completions of about 200."""
+    draw = random.Random(0)
+
+    def ids(mean: int) -> list[int]:
+        return [draw.randrange(VOCABULARY) for _ in range(max(8, int(draw.lognormvariate(math.log(mean), 0.5))))]
+
+    zeros = [0.0] * PAIRS
+    columns = [[ids(mean) for _ in range(PAIRS)] for mean in (100, 200, 200)]
+    return dpo.PairRows([f"pair-{i}" for i in range(PAIRS)], *columns, zeros, zeros)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    store = dist.HashStore()
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def reference(policy: Path, rows: dpo.PairRows, dtype: torch.dtype, device: str = "cuda") -> list[list[float]]:
+    model = load_policy(str(policy), dtype=dtype).to(device)
+    return [
+        score_completions(model, rows.prompt_token_ids, side, max_batch_tokens=16384, pad_token_id=0)
+        for side in (rows.chosen_token_ids, rows.rejected_token_ids)
+    ]
+
+
+def test_reference_bf16_on_gpu_is_close_to_float32_on_gpu(policy: Path, rows: dpo.PairRows) -> None:
+    few = dpo.PairRows(*(column[:32] for column in rows))
+    exact, half = reference(policy, few, torch.float32), reference(policy, few, torch.bfloat16)
+    worst = max(
+        abs(a - b) / len(ids)
+        for e, h, side in zip(exact, half, few[2:4], strict=True)
+        for a, b, ids in zip(e, h, side, strict=True)
+    )
+    print(f"\nbf16 against float32: {worst:.2e} nats a token at the worst")
+    assert worst < 0.01
+
+
+def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(
+    policy: Path, rows: dpo.PairRows, group: None, tmp_path: Path
+) -> None:
+    started = time.perf_counter()
+    chosen, rejected = reference(policy, rows, torch.bfloat16)
+    tokens = 2 * sum(map(len, rows.prompt_token_ids)) + sum(len(i) for side in rows[2:4] for i in side)
+    torch.cuda.synchronize()
+    print(f"\nreference: {tokens / (time.perf_counter() - started):,.0f} tokens/s with loading")
+    rows = rows._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+
+    model = load_policy(str(policy), dtype=torch.float32).to("cuda")
+    model = shard(model, init_device_mesh("cuda", (1,)), compute_dtype=torch.bfloat16)
+    optimizer = optim.build_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
+    sides = [[len(p) + len(c) for p, c in zip(rows.prompt_token_ids, side, strict=True)] for side in rows[2:4]]
+    lengths = np.stack([np.array(s) for s in sides], axis=1)
+    how = {"global_batch_size": 64, "world_size": 1, "max_batch_tokens": 16384, "seed": 0}
+    plan = [step for epoch in range(3) for step in batches.plan_epoch(lengths, epoch=epoch, **how)]
+    steps = dpo.dpo_steps(
+        model,
+        optimizer,
+        lambda indices: dpo.PairRows(*([column[i] for i in indices] for column in rows)),
+        plan,
+        beta=0.1,
+        learning_rate_for=lambda step: 1e-5,
+        max_grad_norm=1.0,
+        pad_token_id=0,
+        device="cuda",
+    )
+    history, marks = [], [time.perf_counter()]
+    for metrics in steps:
+        history.append(metrics)
+        marks.append(time.perf_counter())
+    warm = sum(m["num_tokens"] for m in history[2:]) / (marks[-1] - marks[2])
+    print(
+        f"train: {warm:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, loss {history[0]['loss']:.6f}"
+    )
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+    target = tmp_path / "trained"
+    export_policy(model, target, source=str(policy))
+    reloaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).to("cuda")
+    ids = torch.tensor([rows.prompt_token_ids[0]], device="cuda")
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, model(ids).logits)
+
+
+def test_hf_engine_on_gpu_samples_by_seed(policy: Path) -> None:
+    settings = EngineSettings("hf", "bfloat16", 256, {}, 1, 1.0, 1.0, 1, False)
+    ref = PolicyRef(str(policy), policy_identity(policy))
+    engine = HfEngine(settings, ref)
+    sampling = {
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+        **{"max_new_tokens": 16, "stop": (), "stop_token_ids": (), "logps": True},
+    }
+    asked = [Request([5, 6, 7], seed=1, n=2), Request([8, 9], seed=5, n=2)]
+    first = engine.generate(ref, asked, sampling)
+    assert first[0][0].token_ids != first[0][1].token_ids
+    assert engine.generate(ref, asked[:1], sampling)[0] == first[0]

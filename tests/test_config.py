@@ -1,0 +1,200 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dpo_ray.cli import load_config
+from dpo_ray.config import ActorResources, EngineResources, Generate, RunConfig
+
+PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "name": "run",
+        "root": "/data",
+        "policy": "some/policy",
+        "prompts_per_round": 8,
+        "prompts": {"source": "prompts.jsonl"},
+        "score": {"kind": "function", "function": "package:score"},
+        "train": {"beta": 0.1, "learning_rate": 1e-5},
+    }
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    tree = minimal()
+    *blocks, last = path.split(".")
+    inner = tree
+    for block in blocks:
+        inner = inner.setdefault(block, {})
+    inner[last] = value
+    return tree
+
+
+def without(path: str) -> dict[str, Any]:
+    tree = minimal()
+    *blocks, last = path.split(".")
+    inner = tree
+    for block in blocks:
+        inner = inner[block]
+    del inner[last]
+    return tree
+
+
+def locations(error: ValidationError) -> list[str]:
+    return [".".join(str(part) for part in e["loc"]) for e in error.errors()]
+
+
+def test_pipelines_hold_some_yaml():
+    assert PIPELINES
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_pipeline_yaml_validates(path):
+    assert load_config(str(path)).policy
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_resolved_config_written_and_read_again_is_equal(path, tmp_path):
+    config = load_config(str(path))
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    assert load_config(str(tmp_path / "resolved.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["name", "root", "policy", "prompts_per_round", "prompts", "prompts.source", "score", "train", "train.beta"]
+    + ["train.learning_rate"],
+)
+def test_config_without_what_decides_the_result_is_refused(path):
+    with pytest.raises(ValidationError) as error:
+        RunConfig.model_validate(without(path))
+    assert locations(error.value) == [path]
+    assert error.value.errors()[0]["type"] == "missing"
+
+
+@pytest.mark.parametrize(
+    "path", ["bta", "train.bta", "generate.sampling.temprature", "generate.resources.gpu", "pair.resources.gpus"]
+)
+def test_config_unknown_key_is_refused_with_its_place(path):
+    with pytest.raises(ValidationError) as error:
+        RunConfig.model_validate(changed(path, 1))
+    assert locations(error.value) == [path]
+    assert error.value.errors()[0]["type"] == "extra_forbidden"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("root", "runs/here"),
+        ("root", "./runs"),
+        ("name", "a/b"),
+        ("name", "../up"),
+        ("name", ""),
+        ("rounds", 0),
+        ("prompts_per_round", 0),
+        ("train.beta", 0),
+        ("train.beta", -0.1),
+        ("train.learning_rate", 0),
+        ("train.warmup_ratio", 1.0),
+        ("train.loss", "hinge"),
+        ("train.dtype", "float16"),
+        ("generate.num_completions", 1),
+        ("generate.sampling.temperature", 0),
+        ("generate.sampling.top_p", 1.5),
+        ("generate.resources.actors", 0),
+        ("generate.resources.actors", [4, 2]),
+        ("pair.method", "best"),
+        ("pair.min_gap", -1),
+        ("score.kind", "oracle"),
+    ],
+)
+def test_config_value_out_of_range_is_refused_with_its_place(path, value):
+    with pytest.raises(ValidationError) as error:
+        RunConfig.model_validate(changed(path, value))
+    assert locations(error.value)[0].startswith(path.rpartition(".")[0])
+
+
+@pytest.mark.parametrize(
+    ("root", "directory"),
+    [
+        ("/data/", "/data/run"),
+        ("s3://bucket/prefix/", "s3://bucket/prefix/run"),
+        ("gs://bucket", "gs://bucket/run"),
+        ("~/runs", str(Path.home() / "runs/run")),
+    ],
+)
+def test_config_root_absolute_or_uri_gives_the_run_its_directory(root, directory):
+    assert RunConfig.model_validate(changed("root", root)).directory == directory
+
+
+def test_config_several_rounds_without_reference_is_refused():
+    with pytest.raises(ValidationError, match="reference"):
+        RunConfig.model_validate(minimal() | {"rounds": 2})
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous", "/models/anchor", {"policy": "previous", "max_batch_tokens": 64}])
+def test_config_several_rounds_with_reference_keep_it(reference):
+    config = RunConfig.model_validate(minimal() | {"rounds": 2, "reference": reference})
+    assert config.reference.policy == (reference if isinstance(reference, str) else reference["policy"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor_parallel", "valid"),
+    [(0, 1, True), (0, 2, True), (0.5, 1, True), (1, 1, True), (2, 2, True), (8, 8, True)]
+    + [(2, 1, False), (2, 4, False), (1, 2, False), (0.5, 2, False)],
+)
+def test_engine_resources_give_one_gpu_to_each_shard(gpus, tensor_parallel, valid):
+    if valid:
+        EngineResources(gpus=gpus, tensor_parallel=tensor_parallel)
+    else:
+        with pytest.raises(ValidationError, match="tensor_parallel"):
+            EngineResources(gpus=gpus, tensor_parallel=tensor_parallel)
+
+
+@pytest.mark.parametrize(("actors", "low", "high"), [(3, 3, 3), ((1, 8), 1, 8)])
+def test_actor_resources_count_or_range_give_both_bounds(actors, low, high):
+    resources = ActorResources(actors=actors)
+    assert (resources.min_actors, resources.max_actors) == (low, high)
+
+
+@pytest.mark.parametrize(("global_batch_size", "workers", "valid"), [(64, 2, True), (6, 3, True), (64, 3, False), (1, 2, False)])
+def test_config_global_batch_must_divide_over_workers(global_batch_size, workers, valid):
+    tree = minimal()
+    tree["train"] |= {"global_batch_size": global_batch_size, "resources": {"workers": workers}}
+    if valid:
+        assert RunConfig.model_validate(tree).train.resources.workers == workers
+    else:
+        with pytest.raises(ValidationError, match="global_batch_size"):
+            RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_generate_penalty_that_the_hf_engine_lacks_is_refused(penalty):
+    Generate.model_validate({"engine": "vllm", "sampling": {penalty: 0.5}})
+    with pytest.raises(ValidationError, match=penalty):
+        Generate.model_validate({"engine": "hf", "sampling": {penalty: 0.5}})
+
+
+def test_config_reads_nothing_from_the_environment(monkeypatch):
+    before = RunConfig.model_validate(minimal())
+    for name in ("NAME", "POLICY", "ROOT", "SEED", "ROUNDS", "PROMPTS", "TRAIN", "TRAIN_BETA", "TRAIN__BETA", "train.beta"):
+        monkeypatch.setenv(name, "7")
+        monkeypatch.setenv(f"DPO_RAY_{name}", "7")
+    assert RunConfig.model_validate(minimal()) == before
+
+
+@pytest.mark.parametrize("path", ["policy", "train.beta"])
+def test_config_missing_field_is_not_filled_from_the_environment(path, monkeypatch):
+    for name in (path, path.upper(), path.upper().replace(".", "_"), path.upper().replace(".", "__")):
+        monkeypatch.setenv(name, "0.7")
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate(without(path))
+
+
+def test_config_is_frozen():
+    config = RunConfig.model_validate(minimal())
+    with pytest.raises(ValidationError):
+        config.train.beta = 0.5  # type: ignore[misc]
