@@ -84,7 +84,9 @@ def make_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
     from .learn import tiny
 
-    def make(*, num_labels: int = 1, model_pad: int | None = tiny.PAD, tokenizer_pad: str | None = "<pad>", template: str = "") -> str:
+    def make(
+        *, num_labels: int = 1, model_pad: int | None = tiny.PAD, tokenizer_pad: str | None = "<pad>", template: str = ""
+    ) -> str:
         directory: Path = tmp_path_factory.mktemp("reward-model")
         torch.manual_seed(0)
         config = LlamaConfig(**{**tiny.DECODER, "pad_token_id": model_pad, "num_labels": num_labels})

@@ -64,8 +64,19 @@ def test_overrides_malformed_is_a_config_error(arguments, message):
 
 def test_load_config_overrides_go_over_the_yaml(path):
     dotted = overrides(
-        ["--train.beta", "0.3", "--train.learning_rate=1e-4", "--generate.sampling.stop", "[a, b]", "--reference", "initial"]
-        + ["--generate.resources.actors", "[1, 2]", "--generate.chat_template_kwargs.enable_thinking", "false"]
+        [
+            "--train.beta",
+            "0.3",
+            "--train.learning_rate=1e-4",
+            "--generate.sampling.stop",
+            "[a, b]",
+            "--reference",
+            "initial",
+            "--generate.resources.actors",
+            "[1, 2]",
+            "--generate.chat_template_kwargs.enable_thinking",
+            "false",
+        ]
     )
     config = load_config(path, dotted)
     assert (config.train.beta, config.train.learning_rate) == (0.3, 1e-4)
@@ -78,8 +89,12 @@ def test_load_config_overrides_go_over_the_yaml(path):
 
 @pytest.mark.parametrize(
     ("flag", "named"),
-    [("train.bta", "train.bta"), ("traim.beta", "traim"), ("generate.sampling.temprature", "generate.sampling.temprature")]
-    + [("score.modle", "score.modle")],
+    [
+        ("train.bta", "train.bta"),
+        ("traim.beta", "traim"),
+        ("generate.sampling.temprature", "generate.sampling.temprature"),
+        ("score.modle", "score.modle"),
+    ],
 )
 def test_load_config_unknown_flag_is_an_error_that_names_it(path, flag, named):
     with pytest.raises(ConfigError, match=f"{named}: unknown"):

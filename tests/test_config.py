@@ -65,8 +65,18 @@ def test_resolved_config_written_and_read_again_is_equal(path, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["name", "root", "policy", "prompts_per_round", "prompts", "prompts.source", "score", "train", "train.beta"]
-    + ["train.learning_rate"],
+    [
+        "name",
+        "root",
+        "policy",
+        "prompts_per_round",
+        "prompts",
+        "prompts.source",
+        "score",
+        "train",
+        "train.beta",
+        "train.learning_rate",
+    ],
 )
 def test_config_without_what_decides_the_result_is_refused(path):
     with pytest.raises(ValidationError) as error:
@@ -143,8 +153,18 @@ def test_config_several_rounds_with_reference_keep_it(reference):
 
 @pytest.mark.parametrize(
     ("gpus", "tensor_parallel", "valid"),
-    [(0, 1, True), (0, 2, True), (0.5, 1, True), (1, 1, True), (2, 2, True), (8, 8, True)]
-    + [(2, 1, False), (2, 4, False), (1, 2, False), (0.5, 2, False)],
+    [
+        (0, 1, True),
+        (0, 2, True),
+        (0.5, 1, True),
+        (1, 1, True),
+        (2, 2, True),
+        (8, 8, True),
+        (2, 1, False),
+        (2, 4, False),
+        (1, 2, False),
+        (0.5, 2, False),
+    ],
 )
 def test_engine_resources_give_one_gpu_to_each_shard(gpus, tensor_parallel, valid):
     if valid:
@@ -160,7 +180,9 @@ def test_actor_resources_count_or_range_give_both_bounds(actors, low, high):
     assert (resources.min_actors, resources.max_actors) == (low, high)
 
 
-@pytest.mark.parametrize(("global_batch_size", "workers", "valid"), [(64, 2, True), (6, 3, True), (64, 3, False), (1, 2, False)])
+@pytest.mark.parametrize(
+    ("global_batch_size", "workers", "valid"), [(64, 2, True), (6, 3, True), (64, 3, False), (1, 2, False)]
+)
 def test_config_global_batch_must_divide_over_workers(global_batch_size, workers, valid):
     tree = minimal()
     tree["train"] |= {"global_batch_size": global_batch_size, "resources": {"workers": workers}}

@@ -130,9 +130,7 @@ def test_uri_file_or_glob_equals_local_path(tmp_path, pattern):
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_datasets_saved_to_disk_keeps_nested_prompts(tmp_path, as_dict):
-    dataset = datasets.Dataset.from_list(
-        [{"prompt": [*CHAT[:1], {"role": "user", "content": str(i)}]} for i in range(8)]
-    )
+    dataset = datasets.Dataset.from_list([{"prompt": [*CHAT[:1], {"role": "user", "content": str(i)}]} for i in range(8)])
     saved = datasets.DatasetDict(test=dataset) if as_dict else dataset.with_format("numpy")
     saved.save_to_disk(tmp_path / "saved")
     table = read(f"datasets:{tmp_path}/saved", source_split="test" if as_dict else "train")
@@ -416,9 +414,7 @@ def test_duplicate_prompt_with_other_tools_is_another_prompt(tmp_path):
 def test_max_dropped_is_a_limit_that_raises_with_counts(tmp_path):
     source = write_jsonl(tmp_path / "data.jsonl", [*texts(8), {"prompt": None}, {"prompt": turns("assistant")}])
     assert read(source, max_dropped=0.2).dropped == {"null_prompt": 1, "wrong_roles": 1}
-    with pytest.raises(
-        StageError, match=r"2 of 10 rows .*'null_prompt': 1, 'wrong_roles': 1.*data.jsonl:9 \(null_prompt\)"
-    ):
+    with pytest.raises(StageError, match=r"2 of 10 rows .*'null_prompt': 1, 'wrong_roles': 1.*data.jsonl:9 \(null_prompt\)"):
         read(source, max_dropped=0.19)
 
 

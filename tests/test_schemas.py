@@ -8,7 +8,9 @@ from dpo_ray.errors import SchemaError
 from dpo_ray.schemas import completion_id, conform, content_id, prompt_id, sample_seed
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
-SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int32(), nullable=False), pa.field("x", pa.float64())])
+SCHEMA = pa.schema(
+    [pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int32(), nullable=False), pa.field("x", pa.float64())]
+)
 
 
 def table(**columns):
@@ -28,7 +30,12 @@ def test_prompt_id_ignores_the_order_of_keys_and_other_fields():
 
 @pytest.mark.parametrize(
     "other",
-    [CHAT[1:], CHAT[::-1], [*CHAT[:1], {"role": "user", "content": "2+2? "}], [{"role": "user", "content": "Be brief."}, CHAT[1]]],
+    [
+        CHAT[1:],
+        CHAT[::-1],
+        [*CHAT[:1], {"role": "user", "content": "2+2? "}],
+        [{"role": "user", "content": "Be brief."}, CHAT[1]],
+    ],
 )
 def test_prompt_id_other_messages_have_another_id(other):
     assert prompt_id(other) != prompt_id(CHAT)

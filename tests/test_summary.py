@@ -36,7 +36,7 @@ def test_plan_table_has_a_line_for_every_stage_with_what_it_needs():
     stages = [(stage("policy", None), Action.SKIP), (stage("train", needs=Needs(2, 1.0, 1.0, "train worker")), Action.RUN)]
     *_, policy, train = summary.plan_table(stages).splitlines()
     assert policy.split() == ["policy", "done", "-"]
-    assert train.split() == "round_00/train run 2 train worker x 1 CPU + 1 GPU".split()
+    assert train.split() == ["round_00/train", "run", "2", "train", "worker", "x", "1", "CPU", "+", "1", "GPU"]
 
 
 def outcome(tmp_path, skipped=False, **fields):

@@ -42,8 +42,9 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # they advise on memory that these stages bound themselves
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_fits(stage: str, needs: Needs) -> None:

@@ -154,7 +154,5 @@ def test_hf_another_policy_is_loaded_for_its_own_requests(engine, policy, tmp_pa
     other = policy._replace(path=str(tmp_path), identity=policy_identity(tmp_path))
     before = sample(engine, policy)
     (got,) = sample(engine, other, REQUESTS[:1], logps=True)
-    assert got[0].logps_sum == pytest.approx(
-        tiny.naive_logps(model, REQUESTS[0].prompt_token_ids, got[0].token_ids), abs=1e-4
-    )
+    assert got[0].logps_sum == pytest.approx(tiny.naive_logps(model, REQUESTS[0].prompt_token_ids, got[0].token_ids), abs=1e-4)
     assert sample(engine, policy) == before

@@ -1,5 +1,5 @@
-import ray
 import pytest
+import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from dpo_ray.errors import ResourceError

@@ -12,7 +12,9 @@ def test_fingerprint_does_not_depend_on_the_order_of_keys():
     assert fingerprint({"a": 1, "b": {"c": [1, 2], "d": None}}) == fingerprint({"b": {"d": None, "c": (1, 2)}, "a": 1})
 
 
-@pytest.mark.parametrize("other", [{"a": 2}, {"a": 1.5}, {"a": "1"}, {"a": None}, {}, {"a": 1, "b": None}, {"b": 1}, {"a": [1]}])
+@pytest.mark.parametrize(
+    "other", [{"a": 2}, {"a": 1.5}, {"a": "1"}, {"a": None}, {}, {"a": 1, "b": None}, {"b": 1}, {"a": [1]}]
+)
 def test_fingerprint_of_another_value_is_another(other):
     assert fingerprint(other) != fingerprint({"a": 1})
 

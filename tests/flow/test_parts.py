@@ -201,6 +201,17 @@ def test_run_parts_every_row_dropped_is_a_stage_error(tmp_path, source):
         run(tmp_path, source, dropping({f"row-{i:02d}": "empty" for i in range(10)}))
 
 
+@real
+def test_run_parts_counters_below_zero_are_summed_as_they_are(tmp_path, source):
+    """Scores of a reward model are often negative. The parts sum to 3 (kept positive here), 12, 21 and 9."""
+
+    def count(table):
+        total = float(pc.sum(table["value"]).as_py())
+        return {"sum": total if total == 3 else -total}
+
+    assert run(tmp_path, source, mapped(lambda table: table), count=count).metrics == {"sum": 3.0 - 42.0}
+
+
 def test_run_parts_without_parts_is_a_stage_error(tmp_path):
     with pytest.raises(StageError, match="no rows"):
         run_parts(mapped(doubled), [], context(tmp_path), GRAIN, stage="double")

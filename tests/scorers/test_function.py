@@ -70,7 +70,9 @@ def test_load_function_that_is_not_there_is_a_config_error(file, spec, named):
     assert [n for n in ["score.function", *named] if n not in str(error.value)] == []
 
 
-@pytest.mark.parametrize(("text", "named"), [("import no_such_thing", "no_such_thing"), ("def (", "SyntaxError"), ("1 / 0", "Zero")])
+@pytest.mark.parametrize(
+    ("text", "named"), [("import no_such_thing", "no_such_thing"), ("def (", "SyntaxError"), ("1 / 0", "Zero")]
+)
 def test_load_function_of_a_file_that_does_not_import_is_a_config_error(file, text, named):
     file.write_text(text)
     with pytest.raises(ConfigError, match=named):
@@ -107,7 +109,11 @@ def test_function_sources_of_a_callable_without_source_are_known_or_a_config_err
 
 
 def test_call_gives_one_score_a_row_in_order():
-    assert call(lambda rows: [len(r["completion"]) for r in rows], rows("abc", "", "a")) == [(3.0, None), (0.0, None), (1.0, None)]
+    assert call(lambda rows: [len(r["completion"]) for r in rows], rows("abc", "", "a")) == [
+        (3.0, None),
+        (0.0, None),
+        (1.0, None),
+    ]
 
 
 def test_call_row_that_raises_is_dropped_alone_with_its_error():
