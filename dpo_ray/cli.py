@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser.add_argument("config", help="YAML file of the run, e.g. pipelines/quickstart.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what is already done; run nothing")
     parser.add_argument(
-        "--until", metavar="STAGE", help="stop after this stage of every round (e.g. reference, or round_01/pair)"
+        "--until", metavar="STAGE", help="stop after this stage (e.g. reference: of the first round; or round_01/pair)"
     )
     parser.add_argument(
         "--redo",

@@ -61,7 +61,7 @@ def win_rate(
     return WinRate(float(values.mean()), float(low), float(high), ties / compared)
 
 
-def describe(rows: Sequence[Row], num_completions: int) -> dict[str, float]:
+def describe(rows: Sequence[Row], num_completions: int) -> dict[str, float | None]:
     """Mean score, length in tokens, share cut by length, share of distinct completions, and distinct-2."""
     completions = [c for row in rows for c in row["completions"][:num_completions]]
     scores = [c["score"] for c in completions if c["score"] is not None and math.isfinite(c["score"])]
@@ -93,9 +93,9 @@ def distinct_2(texts: Iterable[str]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN for what cannot be had from so few values."""
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error; None for what cannot be had from so few values."""
     if not values:
-        return math.nan, math.nan
+        return None, None
     mean = float(np.mean(values))
-    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

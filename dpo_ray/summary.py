@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ def round_result(metrics: dict[str, Any]) -> str:
             f"win rate against round 0's   {m['win_rate_initial']:.3f}  "
             f"(95 % interval {m['win_rate_initial_low']:.3f} to {m['win_rate_initial_high']:.3f})"
         )
-    lines.append(f"mean score                   {m['mean_score_start']:.3f} -> {m['mean_score']:.3f}")
+    lines.append(f"mean score                   {_number(m['mean_score_start'])} -> {_number(m['mean_score'])}")
     best = next((k for k in m if k.startswith("best_of_")), None)
     if best:
         lines.append(f"  best of {best.split('_')[2]} at the start      {m[best]:.3f}")
@@ -62,7 +61,7 @@ def round_result(metrics: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "n/a" if value is None or math.isnan(value) else f"{value:.2f}"
+    return "n/a" if value is None else f"{value:.3f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

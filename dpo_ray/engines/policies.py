@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact
+from dpo_ray.learn.policy_files import policy_identity
 
 CACHE = Path(tempfile.gettempdir()) / f"dpo-ray-policies-{os.getuid() if hasattr(os, 'getuid') else 0}"
 
@@ -56,8 +57,6 @@ def model_identity(model: str, revision: str | None) -> str:
     """
     directory = Path(model).expanduser()
     if directory.is_dir():
-        from dpo_ray.learn.policy import policy_identity
-
         return policy_identity(directory)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

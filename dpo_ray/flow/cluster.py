@@ -29,6 +29,7 @@ def connect() -> None:
         runtime_env={"env_vars": env_vars},
         logging_level=logging.WARNING,
         log_to_driver=False,
+        ignore_reinit_error=True,  # a notebook or test that has connected already keeps its connection
     )
     _quiet_ray_data()
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from ray.data import Dataset
 
 from dpo_ray.errors import DpoRayError, SchemaError, StageError
@@ -31,6 +31,7 @@ from dpo_ray.schemas import conform
 
 PART = "_part"
 DROP_REASON = "drop_reason"
+RETRY_ADVICE = "\nFailed to apply UDF transform after "  # Ray Data appends its settings to the message of every error
 MAX_PART_BYTES = 64 << 20  # above this Ray splits a block, and a part would no longer be one
 
 
@@ -126,15 +127,15 @@ def run_parts(
     records = _committed(directory, attempts)
     todo = [p for p in parts if p.name not in records]
     total = sum(p.rows for p in parts)
-    sink = _make_sink(directory, attempts, {p.name: p.rows for p in parts}, grain, stage, count)
+    sink = _make_sink(directory, attempts, {p.name: p for p in parts}, grain, stage, count)
 
     def report() -> None:
-        counters = sum((Counter(r.counters) for r in records.values()), Counter())
-        context.progress.update(sum(r.rows_in for r in records.values()), total, counters)
+        context.progress.update(sum(r.rows_in for r in records.values()), total, _sum_counters(records.values()))
 
     context.progress.begin(stage)
     report()
     if todo:
+        ray.data.DataContext.get_current().raise_original_map_exception = True  # its wrapping loses the cause on the way here
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
         loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
@@ -146,7 +147,9 @@ def run_parts(
                 report()
         except ray.exceptions.RayError as error:
             raise first_cause(error, stage) from error
-    return _summary(parts, records, stage, max_dropped)
+    output = _summary(parts, records, stage, max_dropped)
+    _check_unique(directory, [r.file for r in records.values() if r.file], grain.key_out, stage)
+    return output
 
 
 def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
@@ -160,8 +163,12 @@ def first_cause(error: BaseException, stage: str) -> DpoRayError:
     """Our own error inside Ray's wrappings as it was raised; any other as a StageError that names its kind."""
     innermost = error
     while inner := getattr(innermost, "cause", None) or innermost.__cause__:
+        if inner.args and isinstance(inner.args[0], str):
+            inner.args = (inner.args[0].partition(RETRY_ADVICE)[0], *inner.args[1:])
         if isinstance(inner, DpoRayError):
             return inner
+        if not str(inner):  # Ray Data's SystemException, a mark without a message
+            break
         innermost = inner
     return StageError(f"{stage}: {type(innermost).__name__}: {innermost}")
 
@@ -182,7 +189,7 @@ def _load(descriptors: pa.Table) -> pa.Table:
 def _make_sink(
     directory: str,
     attempts: Mapping[str, str],
-    rows_in: Mapping[str, int],
+    parts: Mapping[str, Part],
     grain: Grain,
     stage: str,
     count: Callable[[pa.Table], Mapping[str, float]],
@@ -191,7 +198,7 @@ def _make_sink(
         (part,) = set(table[PART].to_pylist())
         kept = table.filter(pc.is_null(table[DROP_REASON]))
         dropped = table.filter(pc.is_valid(table[DROP_REASON])).drop_columns([PART])
-        _check_keys(stage, part, kept, dropped, rows_in[part], grain)
+        _check_keys(stage, parts[part], kept, dropped, grain)
         kept = conform(kept, grain.schema, stage, grain.key_in)
         # A name of its own for every attempt: a zombie task can never overwrite what another one committed.
         token = uuid.uuid4().hex[:8]
@@ -200,7 +207,7 @@ def _make_sink(
             attempt=attempts[part],
             file=write_table(directory, f"{part}-{token}.parquet", kept) if kept.num_rows else None,
             quarantine=write_table(directory, f"quarantine/{part}-{token}.parquet", dropped) if dropped.num_rows else None,
-            rows_in=rows_in[part],
+            rows_in=parts[part].rows,
             rows_out=kept.num_rows,
             dropped=dict(Counter(r.split(":")[0] for r in dropped[DROP_REASON].to_pylist())),
             counters=dict(count(kept)),
@@ -212,24 +219,44 @@ def _make_sink(
     return sink
 
 
-def _check_keys(stage: str, part: str, kept: pa.Table, dropped: pa.Table, rows_in: int, grain: Grain) -> None:
-    """Every row that went in came out or was dropped by reason, and no output id stands twice."""
-    kept_in, dropped_in = pc.unique(kept[grain.key_in]), pc.unique(dropped[grain.key_in])
-    if len(kept_in) + len(dropped_in) != rows_in:
+def _check_keys(stage: str, part: Part, kept: pa.Table, dropped: pa.Table, grain: Grain) -> None:
+    """Every id that went in came out or was dropped by reason, no other did, and no output id stands twice."""
+    kept_in, dropped_in = (set(t[grain.key_in].to_pylist()) for t in (kept, dropped))
+    slices = [read_table(s.uri, [grain.key_in]).slice(s.start, s.stop - s.start) for s in part.slices]
+    wanted = {i for s in slices for i in s[grain.key_in].to_pylist()}
+    if len(kept_in) + len(dropped_in) != part.rows or kept_in | dropped_in != wanted:
         raise StageError(
-            f"{stage}: {part} has {rows_in} rows in, {len(kept_in)} of them out and {len(dropped_in)} dropped by reason "
-            f"(counted by {grain.key_in}); the sums must agree"
+            f"{stage}: {part.name} has {part.rows} rows in, {len(kept_in)} of them out and {len(dropped_in)} dropped by reason "
+            f"(counted by {grain.key_in}); each must come out once, or be dropped"
         )
     repeated = [v["values"] for v in pc.value_counts(kept[grain.key_out]).to_pylist() if v["counts"] > 1]
     if repeated:
-        raise SchemaError(f"{stage}: {part} has {grain.key_out}={repeated[0]!r} more than once; ids are unique in a table")
+        raise SchemaError(f"{stage}: {part.name} has {grain.key_out}={repeated[0]!r} more than once; ids are unique in a table")
+
+
+def _check_unique(directory: str, files: Sequence[FileRecord], key: str, stage: str) -> None:
+    """No id stands in two parts."""
+    ids = pa.concat_tables(read_table(f"{directory}/{f.path}", [key]) for f in files)[key]
+    if len(pc.unique(ids)) != len(ids):
+        repeated = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
+        raise SchemaError(f"{stage}: {key}={repeated!r} stands in more than one part; ids are unique in a table")
+
+
+def _sum_counters(records: Iterable[PartRecord]) -> dict[str, float]:
+    total = Counter[str]()
+    for record in records:
+        total.update(record.counters)  # not `+`, which leaves out what is not positive
+    return dict(total)
 
 
 def _committed(directory: str, attempts: Mapping[str, str]) -> dict[str, PartRecord]:
-    """Parts that an earlier attempt of the same stage committed; others do not count."""
+    """Parts that an earlier attempt of the same stage committed; others, and torn records, do not count."""
     records = {}
     for name in storage.list_files(f"{directory}/_parts"):
-        record = PartRecord.model_validate(storage.read_json(f"{directory}/_parts/{name}"))
+        try:
+            record = PartRecord.model_validate_json(storage.read_bytes(f"{directory}/_parts/{name}"))
+        except ValidationError:
+            continue
         if attempts.get(record.part) == record.attempt:
             records[record.part] = record
     return records
@@ -254,9 +281,8 @@ def _summary(parts: Sequence[Part], records: Mapping[str, PartRecord], stage: st
         raise StageError(
             f"{stage}: every one of {rows_in} rows was dropped ({_by_reason(dropped)}); nothing is left to go on with"
         )
-    counters = sum((Counter(r.counters) for r in ordered), Counter())
     files = [r.file for r in ordered if r.file] + [r.quarantine for r in ordered if r.quarantine]
-    return StageOutput(files, rows_in, rows_out, dict(dropped), dict(counters))
+    return StageOutput(files, rows_in, rows_out, dict(dropped), _sum_counters(ordered))
 
 
 def _by_reason(dropped: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
 def supersede(root: str, key: str) -> None:
     """Move a stage's committed output to `superseded/`, manifest last, so that no reader sees half of it."""
     directory = f"{root}/{key}"
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     storage.copy_directory(directory, f"{root}/superseded/{stamp}/{key}")
     fs, path = storage.filesystem(f"{directory}/{MANIFEST}")
     fs.delete_file(path)

@@ -11,9 +11,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-VERSION = 1
-"""Part of the key of cached reference log-probabilities: raise it when the same inputs give other values."""
-
 ROW_TILE = 1024
 """Positions whose logits exist in float32 at one time."""
 IGNORED = -100

@@ -174,22 +174,14 @@ def _build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def _build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    vocab = tokenizer.get_vocab()
+    end, pad = vocab[END], vocab[PAD]
     config = Qwen2Config(
-        **MODEL,
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+        **MODEL, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=pad, dtype="float32"
     )
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end, pad_token_id=pad
     )
     return model
 
@@ -230,7 +222,7 @@ def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> I
     examples = []
     for prompt, review in _examples(num_steps * BATCH_SIZE, seed):
         messages = [{"role": "user", "content": prompt}]
-        opening = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        opening = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         prompt_ids = tokenizer.encode(opening, add_special_tokens=False)
         review_ids = tokenizer.encode(review + END, add_special_tokens=False)
         examples.append((prompt_ids + review_ids, len(prompt_ids)))
@@ -245,7 +237,7 @@ def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> I
 def _completion_loss(model: Qwen2ForCausalLM, batch: list[tuple[list[int], int]]) -> torch.Tensor:
     """Return the mean cross entropy over the batch's completion tokens, the end token included."""
     longest = max(len(ids) for ids, _ in batch)
-    input_ids = torch.full((len(batch), longest), model.config.pad_token_id)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
     is_target = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, (ids, num_prompt) in enumerate(batch):
         input_ids[row, : len(ids)] = torch.tensor(ids)

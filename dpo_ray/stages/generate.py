@@ -17,6 +17,7 @@ from dpo_ray.config import Generate, RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
+from dpo_ray.errors import ConfigError
 from dpo_ray.flow.artifact import Artifact
 from dpo_ray.flow.parts import Grain, Part, mark_dropped, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
@@ -142,6 +143,8 @@ def _render(row: Mapping[str, Any], policy: PolicyRef, block: Generate) -> tuple
     tools = json.loads(row["tools"]) if row["tools"] else None
     try:
         ids = render_prompt(_tokenizer(policy), row["prompt"], tools=tools, chat_template_kwargs=block.chat_template_kwargs)
+    except ConfigError:  # wrong for every row, not for this one
+        raise
     except Exception as error:  # the user's template may raise anything, on this row alone
         return [], f"template_error: {error}"[:200]
     if len(ids) > block.max_prompt_tokens:

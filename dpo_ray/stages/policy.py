@@ -15,7 +15,7 @@ from dpo_ray.config import RunConfig
 from dpo_ray.engines.policies import model_identity
 from dpo_ray.flow import storage
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
-from dpo_ray.learn.policy import check_policy_directory
+from dpo_ray.learn.policy_files import check_policy_directory
 from dpo_ray.quickstart.policy import build_policy, policy_key
 
 VERSION = 1

@@ -18,6 +18,7 @@ from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import Grain, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+from dpo_ray.learn import LOGPS_VERSION
 from dpo_ray.schemas import REFERENCED
 
 VERSION = 1
@@ -39,8 +40,6 @@ def stage(config: RunConfig, round_: int, reference: str) -> Stage:
 
         parts = split_into_parts(context.inputs["pairs"], block.resources.rows_per_part)
         return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
-
-    from dpo_ray.learn.logps import VERSION as LOGPS_VERSION
 
     return Stage(
         name="reference",

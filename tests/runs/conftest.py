@@ -1,0 +1,101 @@
+"""A Ray cluster of its own, as `ray start --head` makes it, for whole rounds."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dpo_ray.quickstart.policy import build_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+class Cluster(NamedTuple):
+    """Environment for commands that talk to it."""
+
+    env: dict[str, str]
+
+    def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir . -- python pipelines/full_round.py ...`, from the checkout."""
+        command = [
+            str(BIN / "ray"),
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            "pipelines/full_round.py",
+            *arguments,
+        ]
+        return subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
+
+
+def start_cluster(*options: str) -> Iterator[Cluster]:
+    port, dashboard = _free_port(), _free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:  # Ray's socket paths must be short
+        env = {
+            **os.environ,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        fixed = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", *fixed, *options]
+        without = {k: v for k, v in env.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+        log = open(f"{temp}/start.log", "w")  # noqa: SIM115  # closed with the process below
+        process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for(dashboard, process, Path(log.name))
+            yield Cluster(env)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            log.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's architecture after a few steps of its training: real words, little sense."""
+    directory = tmp_path_factory.mktemp("policy") / "tiny"
+    build_policy(directory, seed=0, num_steps=60)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four logical CPUs on the two real ones, so that the engine stays up beside training."""
+    yield from start_cluster("--num-cpus=4")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait_for(dashboard: int, process: subprocess.Popen[bytes], log: Path, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"ray start ended with {process.returncode}:\n{log.read_text()}")
+        with socket.socket() as s:
+            s.settimeout(1)
+            if s.connect_ex(("127.0.0.1", dashboard)) == 0:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"ray start gave no dashboard within {timeout} s:\n{log.read_text()}")

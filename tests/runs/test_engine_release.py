@@ -1,0 +1,148 @@
+"""What an engine holds is free again after its stage, on real vLLM: processes, placement groups, CPUs."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.pool import EnginePool
+from dpo_ray.engines.requests import EngineSettings, Request, Sample
+from dpo_ray.flow.cluster import Idle
+from dpo_ray.learn.policy import policy_identity
+from dpo_ray.learn.tokens import load_tokenizer, render_prompt
+from dpo_ray.quickstart.policy import build_policy
+
+SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_new_tokens": 16,
+    "stop": (),
+    "stop_token_ids": (),
+    "logps": True,
+}
+
+
+def settings(tensor_parallel: int = 1, closed: bool = False) -> EngineSettings:
+    return EngineSettings("vllm", "float32", 160, {}, tensor_parallel, 0.0, 1.0, 2, closed)
+
+
+def requests(policy: Path, n: int = 2) -> list[Request]:
+    tokenizer = load_tokenizer(str(policy))
+    texts = [
+        "Write a short review of the film Blue River.",
+        "Describe the hotel Amber Court.",
+        "What of the novel Iron Sparrow?",
+    ]
+    prompts = [render_prompt(tokenizer, [{"role": "user", "content": t}]) for t in texts]
+    return [Request(p, seed=1000 * i, n=n) for i, p in enumerate(prompts)]
+
+
+def ref(policy: Path) -> PolicyRef:
+    return PolicyRef(str(policy), policy_identity(policy))
+
+
+def processes(engine: EnginePool) -> list[psutil.Process]:
+    return [psutil.Process(pid) for _, family in engine.processes for pid, _ in family]
+
+
+def assert_gone(family: list[psutil.Process], idle: Idle) -> None:
+    idle.wait("the engine", timeout_s=20)
+    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture(scope="module")
+def other_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("policy") / "other"
+    build_policy(directory, seed=1, num_steps=2)
+    return directory
+
+
+def test_engine_samples_by_seed_reloads_policies_and_leaves_nothing_after_sigkill(
+    idle_ray: None, tiny_policy: Path, other_policy: Path
+) -> None:
+    """One vLLM start for several facts, because a start costs half a minute."""
+    idle = Idle()
+    engine = EnginePool(settings(), ref(tiny_policy), 1, 1)
+    asked = requests(tiny_policy)
+
+    first = engine.generate(ref(tiny_policy), asked, SAMPLING)
+    assert [len(samples) for samples in first] == [2, 2, 2]
+    assert all(a.token_ids != b.token_ids for a, b in first), "the samples of a prompt have seeds of their own"
+    assert all(len(s.token_ids) == 16 for pair in first for s in pair if s.finish_reason == "length")
+
+    alone = [engine.generate(ref(tiny_policy), [r], SAMPLING)[0] for r in asked]
+    assert ids(alone) == ids(first), "a seeded sample does not depend on the batch around it"
+
+    other = engine.generate(ref(other_policy), asked, SAMPLING)
+    assert ids(other) != ids(first), "the other policy's weights are loaded"
+    assert ids(engine.generate(ref(tiny_policy), asked, SAMPLING)) == ids(first), (
+        "and the first one's again, without stale keys"
+    )
+
+    family = processes(engine)
+    os.kill(family[0].pid, signal.SIGKILL)
+    engine.close()
+    assert_gone(family, idle)
+
+
+@pytest.mark.slow
+def test_engine_two_stages_back_to_back_each_get_the_whole_machine(idle_ray: None, tiny_policy: Path) -> None:
+    idle, answers = Idle(), []
+    for _ in range(2):
+        engine = EnginePool(settings()._replace(cpus=4.0), ref(tiny_policy), 1, 1)
+        answers.append(ids(engine.generate(ref(tiny_policy), requests(tiny_policy), SAMPLING)))
+        family = processes(engine)
+        engine.close()
+        assert_gone(family, idle)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["closed", "sigkilled"])
+def test_engine_tensor_parallel_leaves_no_worker_process(idle_ray: None, tiny_policy: Path, killed: bool) -> None:
+    idle = Idle()
+    engine = EnginePool(settings(tensor_parallel=2), ref(tiny_policy), 1, 1)
+    samples = engine.generate(ref(tiny_policy), requests(tiny_policy), SAMPLING)
+    assert [len(s) for s in samples] == [2, 2, 2]
+    family = processes(engine)
+    assert len(family) >= 3, "the actor and a worker process a shard"
+    if killed:
+        os.kill(family[0].pid, signal.SIGKILL)
+    engine.close()
+    assert_gone(family, idle)
+
+
+@pytest.mark.slow
+def test_engine_killed_while_generating_starts_again_and_finishes(idle_ray: None, tiny_policy: Path) -> None:
+    idle = Idle()
+    engine = EnginePool(settings(), ref(tiny_policy), 1, 1)
+    asked = requests(tiny_policy)
+    expected = ids(engine.generate(ref(tiny_policy), asked, SAMPLING))
+
+    @ray.remote(num_cpus=0)
+    def generate(pool: EnginePool) -> list[list[Sample]]:
+        return pool.generate(ref(tiny_policy), asked * 200, SAMPLING)
+
+    running = generate.remote(engine)
+    deadline = time.monotonic() + 60
+    while not ray.get(engine.actors[0].load.remote()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(processes(engine)[0].pid, signal.SIGKILL)
+    assert ids(ray.get(running)) == expected * 200
+    family = processes(engine)[1:]
+    engine.close()
+    assert_gone(family, idle)
+
+
+def ids(samples: list[list[Sample]]) -> list[list[list[int]]]:
+    return [[s.token_ids for s in pair] for pair in samples]

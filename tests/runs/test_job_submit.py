@@ -1,0 +1,92 @@
+"""One full round on real vLLM, Ray Data, Ray Train and FSDP2, submitted as a job to a cluster that `ray start --head` made."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from .conftest import Cluster
+
+PROMPTS, EVAL = 48, 32
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root with a space")
+
+
+@pytest.fixture(scope="module")
+def arguments(root: Path, tiny_policy: Path) -> list[str]:
+    return [
+        "pipelines/quickstart.yaml",
+        *("--root", str(root)),
+        *("--policy", str(tiny_policy)),
+        *("--prompts.num_prompts", "256"),
+        *("--prompts.eval_prompts", str(EVAL)),
+        *("--prompts_per_round", str(PROMPTS)),
+        *("--generate.sampling.max_new_tokens", "32"),
+        *("--generate.resources.rows_per_part", "16"),
+        *("--evaluate.best_of", "2"),
+        *("--pair.drop_length_cut", "false"),
+        *("--train.global_batch_size", "16"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(cluster: Cluster, root: Path, arguments: list[str]) -> Path:
+    done = cluster.submit(*arguments)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "win rate against the start" in done.stdout
+    return root / "quickstart"
+
+
+def manifest(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / stage / "_manifest.json").read_text())
+
+
+def table(run: Path, stage: str) -> list[dict[str, Any]]:
+    files = [f["path"] for f in manifest(run, stage)["files"] if f["path"].startswith("part-")]
+    return [row for f in files for row in pq.read_table(run / stage / f).to_pylist()]
+
+
+def test_round_submitted_every_stage_accounts_for_its_rows(run: Path) -> None:
+    assert manifest(run, "round_00/generate")["rows_out"] == PROMPTS
+    for stage in ("prompts", "round_00/generate", "round_00/score", "round_00/reference"):
+        m = manifest(run, stage)
+        assert m["rows_in"] == m["rows_out"] + sum(m["dropped"].values()), stage
+    pairs = manifest(run, "round_00/pair")
+    assert pairs["rows_in"] == len({r["prompt_id"] for r in table(run, "round_00/pair")}) + sum(pairs["dropped"].values())
+
+
+def test_round_submitted_completions_are_distinct_samples_with_their_own_seeds(run: Path) -> None:
+    rows = table(run, "round_00/generate")
+    for row in rows:
+        assert len({c["completion_id"] for c in row["completions"]}) == 4
+        assert len({c["seed"] for c in row["completions"]}) == 4
+        assert {c["finish_reason"] for c in row["completions"]} <= {"stop", "length"}
+    texts = [c["text"] for row in rows for c in row["completions"]]
+    assert len(set(texts)) > len(texts) / 2
+
+
+def test_round_submitted_training_starts_at_ln_2(run: Path) -> None:
+    metrics = [json.loads(line) for line in (run / "round_00/train/metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_round_submitted_evaluation_compares_held_out_prompts(run: Path) -> None:
+    metrics = json.loads((run / "round_00/evaluate/metrics.json").read_text())
+    assert metrics["prompts"] >= EVAL
+    assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
+    held_out = {r["prompt_id"] for f in (run / "prompts").glob("eval-*") for r in pq.read_table(f).to_pylist()}
+    assert held_out.isdisjoint(r["prompt_id"] for r in table(run, "round_00/generate"))
+
+
+def test_round_submitted_again_skips_every_stage(run: Path, cluster: Cluster, arguments: list[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    done = cluster.submit(*arguments, timeout=120)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
