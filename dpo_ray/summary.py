@@ -41,7 +41,7 @@ def round_result(metrics: dict[str, Any]) -> str:
             f"win rate against round 0's   {m['win_rate_initial']:.3f}  "
             f"(95 % interval {m['win_rate_initial_low']:.3f} to {m['win_rate_initial_high']:.3f})"
         )
-    lines.append(f"mean score                   {_number(m['mean_score_start'])} -> {_number(m['mean_score'])}")
+    lines.append(f"mean score                   {_number(m['mean_score_start'], 3)} -> {_number(m['mean_score'], 3)}")
     best = next((k for k in m if k.startswith("best_of_")), None)
     if best:
         lines.append(f"  best of {best.split('_')[2]} at the start      {m[best]:.3f}")
@@ -60,8 +60,8 @@ def round_result(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,5 +1,4 @@
 import dataclasses
-import math
 
 import pytest
 
@@ -67,10 +66,8 @@ def test_round_result_gives_the_win_rate_with_its_interval_and_the_scores():
     assert all(figure in text for figure in ("0.625", "0.500 to 0.750", "12.5%", "1.250 -> 2.500", "3.50 +- 0.25"))
 
 
-@pytest.mark.parametrize("missing", [None, math.nan])
-def test_round_result_without_an_error_of_kl_says_so(missing):
-    """NaN is null in a manifest's JSON."""
-    assert "3.50 +- n/a" in summary.round_result(METRICS | {"kl_se": missing})
+def test_round_result_without_an_error_of_kl_says_so():
+    assert "3.50 +- n/a" in summary.round_result(METRICS | {"kl_se": None})
 
 
 @pytest.mark.parametrize(
