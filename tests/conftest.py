@@ -26,7 +26,10 @@ def local_ray() -> Iterator[None]:
     import ray
     import ray.data
 
+    from dpo_ray.flow.cluster import worker_environment
+
     ray.init(
+        runtime_env=worker_environment(),
         num_cpus=NUM_CPUS,
         include_dashboard=False,
         log_to_driver=False,

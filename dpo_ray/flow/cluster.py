@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group_table
@@ -21,17 +24,25 @@ def connect() -> None:
     """Join the cluster of RAY_ADDRESS or of a submitted job; else start a local Ray with this machine's cores."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the C++ core warns of its own retries on stderr
-    env_vars = dict(QUIET)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a submitted job brings its code in its working_dir
-        checkout = str(Path(__file__).resolve().parents[2])
-        env_vars["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
     ray.init(
-        runtime_env={"env_vars": env_vars},
+        runtime_env=worker_environment(),
         logging_level=logging.WARNING,
         log_to_driver=False,
         ignore_reinit_error=True,  # a notebook or test that has connected already keeps its connection
     )
     _quiet_ray_data()
+
+
+def worker_environment() -> dict[str, Any]:
+    """Ray's runtime_env for the workers of this driver."""
+    environment: dict[str, Any] = {"env_vars": dict(QUIET)}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a submitted job brings its code in its working_dir
+        return environment
+    checkout = str(Path(__file__).resolve().parents[2])
+    environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, [checkout, os.environ.get("PYTHONPATH")]))
+    if " " in sys.executable and "RAY_ADDRESS" not in os.environ:
+        environment["py_executable"] = shlex.quote(sys.executable)  # Ray pastes it into a shell command as it is
+    return environment
 
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -19,9 +19,7 @@ def under(model, pairs: PairRows) -> PairRows:
         with torch.no_grad():
             return completion_logps(model, *collate(pairs.prompt_token_ids, completions, tiny.PAD)).tolist()
 
-    return pairs._replace(
-        ref_chosen_logps=score(pairs.chosen_token_ids), ref_rejected_logps=score(pairs.rejected_token_ids)
-    )
+    return pairs._replace(ref_chosen_logps=score(pairs.chosen_token_ids), ref_rejected_logps=score(pairs.rejected_token_ids))
 
 
 @pytest.fixture

@@ -38,9 +38,7 @@ def test_export_policy_writes_the_source_dtype_and_copies_its_files(source, tmp_
 
 
 def test_export_policy_of_another_dtype_says_so_in_the_config(source, tmp_path):
-    export_policy(
-        load_policy(str(source), dtype=torch.float32), tmp_path / "out", source=str(source), dtype=torch.float32
-    )
+    export_policy(load_policy(str(source), dtype=torch.float32), tmp_path / "out", source=str(source), dtype=torch.float32)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
@@ -54,9 +52,7 @@ def test_export_policy_reloads_to_the_same_logits(policies, tmp_path, name):
             parameter.mul_(1.1)
     export_policy(model, tmp_path, source=policies[name])
     assert policy_identity(tmp_path) != policy_identity(policies[name])
-    assert torch.equal(
-        load_policy(str(tmp_path), dtype=torch.float32)(input_ids=ids_ST).logits, model(input_ids=ids_ST).logits
-    )
+    assert torch.equal(load_policy(str(tmp_path), dtype=torch.float32)(input_ids=ids_ST).logits, model(input_ids=ids_ST).logits)
 
 
 def test_export_policy_without_a_generation_config_writes_none(source, tmp_path):

@@ -10,8 +10,7 @@ from . import tiny
 
 def rates(schedule: str, num_steps: int = 10, warmup_ratio: float = 0.2) -> list[float]:
     return [
-        learning_rate_at(step, num_steps, peak=1.0, warmup_ratio=warmup_ratio, schedule=schedule)
-        for step in range(num_steps)
+        learning_rate_at(step, num_steps, peak=1.0, warmup_ratio=warmup_ratio, schedule=schedule) for step in range(num_steps)
     ]
 
 

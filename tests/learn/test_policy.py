@@ -64,9 +64,7 @@ def test_load_policy_with_soft_capped_attention_applies_it(policies):
 
 @pytest.mark.parametrize("name", sorted(tiny.configs()))
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_shard_on_one_rank_gives_the_gradients_of_the_plain_model(
-    policies, mesh_of_one, name, activation_checkpointing
-):
+def test_shard_on_one_rank_gives_the_gradients_of_the_plain_model(policies, mesh_of_one, name, activation_checkpointing):
     pairs = tiny.build_pairs(5)
     plan = training.plan(pairs, 1, 60, batch_size=5)
     (want,) = training.gradients(training.build(policies[name], None), pairs, plan)

@@ -75,9 +75,7 @@ def bfloat16_logps(path: str, mesh):
 
 def non_finite_message(policies, mesh) -> str:
     """Pair 7 alone has no finite reference: one rank computes it, both must stop."""
-    pairs = PAIRS._replace(
-        ref_chosen_logps=[float("nan") if i == 7 else v for i, v in enumerate(PAIRS.ref_chosen_logps)]
-    )
+    pairs = PAIRS._replace(ref_chosen_logps=[float("nan") if i == 7 else v for i, v in enumerate(PAIRS.ref_chosen_logps)])
     model, optimizer = fresh(policies, mesh)
     plan = training.plan(pairs, 2, BUDGET, batch_size=13)
     with pytest.raises(NonFiniteLossError) as error:
@@ -88,9 +86,7 @@ def non_finite_message(policies, mesh) -> str:
 def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(root / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     mesh = dist.init_device_mesh("cpu", (2,))
     results = {
         "gradients": {name: gradients_of(name, policies, mesh) for name in ("qwen2", "llama", "gpt2", "gemma2")},
@@ -114,9 +110,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(root, policies) -> list[dict]:
     """Each rank's results."""
-    context = multiprocessing.start_processes(
-        run_rank, args=(root, policies), nprocs=2, join=False, start_method="spawn"
-    )
+    context = multiprocessing.start_processes(run_rank, args=(root, policies), nprocs=2, join=False, start_method="spawn")
     deadline = time.monotonic() + SPAWN_TIMEOUT_S
     try:
         while not context.join(timeout=1):  # raises what a rank raised

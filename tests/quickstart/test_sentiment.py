@@ -10,7 +10,7 @@ PRAISE = "What a lovely film! The plot was clever and engaging. I adored the end
 MIXED = "I watched this film after work. The plot was clever, but the cast was weak. It may suit families."
 BLAME = "What a dreadful film! The plot was dull and tedious. I hated the ending. I would not recommend it to anyone."
 
-START_MEAN = 0.48
+START_MEAN = 0.49
 """Mean score of the policy built from seed 0: 16 samples for each of 128 prompts, temperature 1, top_p 1, by vLLM."""
 
 DEGENERATE = {

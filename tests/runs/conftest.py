@@ -16,13 +16,13 @@ import pytest
 from dpo_ray.quickstart.policy import build_policy
 
 ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 
 class Cluster(NamedTuple):
-    """Environment for commands that talk to it."""
+    """Environment for commands that talk to it, and the `bin` of its Python environment."""
 
     env: dict[str, str]
+    bin: Path
 
     def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python pipelines/full_round.py ...`, from the checkout."""
@@ -43,22 +43,35 @@ class Cluster(NamedTuple):
 def start_cluster(*options: str) -> Iterator[Cluster]:
     port, dashboard = _free_port(), _free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:  # Ray's socket paths must be short
+        environment = Path(temp) / "venv"  # Ray starts its workers through a shell and does not quote a path with a space
+        environment.symlink_to(sys.prefix)
+        bin_ = environment / "bin"
         env = {
             **os.environ,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         fixed = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", *fixed, *options]
+        command = [
+            str(bin_ / "python"),
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            *fixed,
+            *options,
+        ]
         without = {k: v for k, v in env.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
         log = open(f"{temp}/start.log", "w")  # noqa: SIM115  # closed with the process below
         process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard, process, Path(log.name))
-            yield Cluster(env)
+            yield Cluster(env, bin_)
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
