@@ -27,7 +27,9 @@ class Cluster(NamedTuple):
     def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python pipelines/full_round.py ...`, from the checkout."""
         command = [
-            str(BIN / "ray"),
+            str(self.bin / "python"),
+            "-m",
+            "ray.scripts.scripts",
             "job",
             "submit",
             "--working-dir",
