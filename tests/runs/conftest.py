@@ -77,7 +77,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             log.close()
