@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-K, MAX_NEW, MAX_PROMPT, THREADS, WARM_UP = 2, 96, 128, 2, 32
+K, MAX_NEW, MAX_PROMPT, THREADS, WARM_UP = 2, 96, 128, 1, 256
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_NEW}
 
 

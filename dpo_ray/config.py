@@ -64,8 +64,8 @@ class EngineResources(ActorResources):
 
     tensor_parallel: int = Field(default=1, ge=1)
     """Devices that one engine spans, all on one node. With GPUs, `gpus` must equal it."""
-    parts_in_flight: int = Field(default=2, ge=1)
-    """Parts that one engine works on at a time, so that the tail of one overlaps the next."""
+    parts_in_flight: int = Field(default=4, ge=1)
+    """Parts that one engine works on at a time, so that the tail of one overlaps the next and the engine is never idle."""
 
     @model_validator(mode="after")
     def gpus_match_tensor_parallel(self) -> EngineResources:

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.render import Rendered, render
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.errors import ResourceError, StageError
 
@@ -51,6 +52,11 @@ class EngineActor:
 
     def generate(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         return self.engine.generate(policy, requests, sampling)
+
+    def render(
+        self, policy: PolicyRef, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int
+    ) -> list[Rendered]:
+        return render(policy, rows, template_kwargs, max_tokens)
 
     def load(self) -> int:
         return self.engine.load()
@@ -91,13 +97,22 @@ class EnginePool:
         Raises:
             StageError: every engine died, and again after its restarts.
         """
+        return self._call("generate", policy, requests, sampling)
+
+    def render(
+        self, policy: PolicyRef, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int
+    ) -> list[Rendered]:
+        """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
+        return self._call("render", policy, rows, template_kwargs, max_tokens)
+
+    def _call(self, method: str, policy: PolicyRef, rows: Sequence[Any], *arguments: Any) -> Any:
         error: Exception | None = None
         for _ in range(1 + MAX_RESTARTS):
             try:
-                return ray.get(self._least_loaded().generate.remote(policy, requests, sampling))
+                return ray.get(getattr(self._least_loaded(), method).remote(policy, rows, *arguments))
             except RayActorError as died:
                 error = died
-        raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(requests)} prompts: {error}") from error
+        raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(rows)} prompts: {error}") from error
 
     def _least_loaded(self) -> ActorHandle:
         if len(self.actors) == 1:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from pydantic import BaseModel, ValidationError
-from ray.data import Dataset
+from ray.data import Dataset, TaskPoolStrategy
 
 from dpo_ray.errors import DpoRayError, SchemaError, StageError
 from dpo_ray.flow import storage
@@ -138,8 +138,9 @@ def run_parts(
         ray.data.DataContext.get_current().raise_original_map_exception = True  # its wrapping loses the cause on the way here
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
-        loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
-        sunk = transform(loaded).map_batches(sink, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+        ends = TaskPoolStrategy(_tasks_at_the_ends())
+        loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25, compute=ends)
+        sunk = transform(loaded).map_batches(sink, batch_size=None, batch_format="pyarrow", num_cpus=0.25, compute=ends)
         try:
             for row in sunk.iter_rows():
                 record = PartRecord.model_validate_json(row["record"])
@@ -150,6 +151,11 @@ def run_parts(
     output = _summary(parts, records, stage, max_dropped)
     _check_unique(directory, [r.file for r in records.values() if r.file], grain.key_out, stage)
     return output
+
+
+def _tasks_at_the_ends() -> int:
+    """How many loads, and how many sinks, run at a time: a few, because each is a process to start and they are short."""
+    return max(2, int(ray.cluster_resources().get("CPU", 0)) // 4)
 
 
 def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:

@@ -5,8 +5,6 @@ The chat template is applied once, here. Token ids and finish reasons are kept a
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +12,9 @@ import pyarrow as pa
 from ray.data import Dataset, TaskPoolStrategy
 
 from dpo_ray.config import Generate, RunConfig, Sampling
-from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
+from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
-from dpo_ray.errors import ConfigError
 from dpo_ray.flow.artifact import Artifact
 from dpo_ray.flow.parts import Grain, Part, mark_dropped, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
@@ -108,7 +105,8 @@ def generate(
     parameters = {**sampling.model_dump(), "logps": block.sampler_logps}
 
     def sample(table: pa.Table) -> pa.Table:
-        rendered = [_render(row, policy, block) for row in table.select(["prompt", "tools"]).to_pylist()]
+        prompts = table.select(["prompt", "tools"]).to_pylist()
+        rendered = engine.render(policy, prompts, block.chat_template_kwargs, block.max_prompt_tokens)
         token_ids = [ids for ids, _ in rendered]
         table = mark_dropped(table, [reason for _, reason in rendered])
         ids = table["prompt_id"].to_pylist()
@@ -134,29 +132,6 @@ def count_completions(table: pa.Table) -> dict[str, float]:
     flat = table["completions"].combine_chunks().flatten()
     cut = sum(r == "length" for r in flat.field("finish_reason").to_pylist())
     return {"completions": len(flat), "tokens": len(flat.field("token_ids").flatten()), "cut_by_length": cut}
-
-
-def _render(row: Mapping[str, Any], policy: PolicyRef, block: Generate) -> tuple[list[int], str | None]:
-    """(prompt token ids, drop reason) of a prompt."""
-    from dpo_ray.learn.tokens import render_prompt
-
-    tools = json.loads(row["tools"]) if row["tools"] else None
-    try:
-        ids = render_prompt(_tokenizer(policy), row["prompt"], tools=tools, chat_template_kwargs=block.chat_template_kwargs)
-    except ConfigError:  # wrong for every row, not for this one
-        raise
-    except Exception as error:  # the user's template may raise anything, on this row alone
-        return [], f"template_error: {error}"[:200]
-    if len(ids) > block.max_prompt_tokens:
-        return [], "prompt_too_long"
-    return ids, None
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(policy: PolicyRef) -> Any:
-    from dpo_ray.learn.tokens import load_tokenizer
-
-    return load_tokenizer(local_path(policy), policy.revision, policy.trust_remote_code)
 
 
 def _completion(sample: Sample, prompt: str, round_: int, policy: PolicyRef, k: int, seed: int) -> dict[str, Any]:

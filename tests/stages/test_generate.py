@@ -5,6 +5,7 @@ import pytest
 
 from dpo_ray.config import Generate, RunConfig
 from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.render import render
 from dpo_ray.engines.requests import Sample
 from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import split_into_parts
@@ -30,6 +31,7 @@ class FakeEngine:
     """Stands for the engines: every sample is made of the hash of its prompt and its seed, so results are exact."""
 
     actors = (None,)
+    render = staticmethod(render)
 
     def generate(self, policy, requests, sampling):
         return [[fake_sample(r.prompt_token_ids, r.seed + k) for k in range(r.n)] for r in requests]
