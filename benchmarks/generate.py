@@ -47,7 +47,6 @@ def bare(policy: str, num_prompts: int) -> dict[str, float]:
         seed=0,
         generation_config="vllm",
         enable_chunked_prefill=False,
-        max_num_batched_tokens=2048,
     )
     tokenizer = load_tokenizer(policy)
     messages = messages_of(num_prompts)
@@ -75,7 +74,7 @@ def stage(policy: str, num_prompts: int, closed: bool = False) -> dict[str, floa
     from dpo_ray.flow.parts import Part, Slice, run_parts
     from dpo_ray.flow.progress import Progress
     from dpo_ray.flow.stage import StageContext
-    from dpo_ray.stages.generate import GRAIN, count_completions, generate
+    from dpo_ray.stages.generate import GRAIN, count_completions, generate, tasks
 
     os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": 2 * THREADS})  # the engine's threads, and data tasks beside it
     cluster.connect()
@@ -101,6 +100,7 @@ def stage(policy: str, num_prompts: int, closed: bool = False) -> dict[str, floa
                 context,
                 GRAIN,
                 stage="generate",
+                ends=tasks(engine, block),
                 count=count_completions,
             )
             return dict(output.metrics)

@@ -65,7 +65,9 @@ def steps(config: RunConfig, round_: int) -> Steps:
     return evaluate.Steps(
         held_out=prompts.held_out,
         generate=lambda ds, engine, policy, how, n: generate.generate(ds, engine, policy, g, how, round_, config.seed, n),
+        generate_tasks=lambda engine: generate.tasks(engine, g),
         score=lambda ds: score.score(ds, config.score, config.trust_remote_code),
+        score_tasks=score.tasks(config.score),
         pair=lambda row: pair.pair_prompt(row, config.pair, config.seed),
         logps=lambda ds, policy: reference.add_logps(
             ds, policy, config.train.dtype, columns, ref.max_batch_tokens, ref.resources

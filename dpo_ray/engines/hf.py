@@ -25,32 +25,26 @@ class HfEngine:
         self.device = torch.device("cuda" if settings.gpus else "cpu")
         self.turn = threading.Lock()
         self.waiting = 0
-        self._load_weights(policy)
+        where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+        path = local_path(policy)
+        model: Any = load_policy(path, dtype=getattr(torch, settings.dtype), **where)
+        self.model: Any = model.to(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        eos = model.generation_config.eos_token_id
+        self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
 
     def load(self) -> int:
         """Number of calls that wait or run."""
         return self.waiting
 
-    def generate(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
-        """Sample completions under `policy`, n of each request, in the order of `requests`."""
+    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+        """Sample completions, n of each request, in the order of `requests`."""
         self.waiting += 1
         try:
             with self.turn:
-                if policy.identity != self.policy.identity:
-                    self._load_weights(policy)
                 return [[self._sample(r, k, sampling) for k in range(r.n)] for r in requests]
         finally:
             self.waiting -= 1
-
-    def _load_weights(self, policy: PolicyRef) -> None:
-        where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        path = local_path(policy)
-        model: Any = load_policy(path, dtype=getattr(torch, self.settings.dtype), **where)
-        self.model: Any = model.to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        eos = model.generation_config.eos_token_id
-        self.eos = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
-        self.policy = policy
 
     @torch.inference_mode()
     def _sample(self, request: Request, k: int, sampling: Mapping[str, Any]) -> Sample:

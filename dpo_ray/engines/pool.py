@@ -48,15 +48,13 @@ class EngineActor:
             from dpo_ray.engines.vllm import VllmEngine as Kind
         else:
             from dpo_ray.engines.hf import HfEngine as Kind
-        self.engine = Kind(settings, policy)
+        self.engine, self.policy = Kind(settings, policy), policy
 
-    def generate(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
-        return self.engine.generate(policy, requests, sampling)
+    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+        return self.engine.generate(requests, sampling)
 
-    def render(
-        self, policy: PolicyRef, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int
-    ) -> list[Rendered]:
-        return render(policy, rows, template_kwargs, max_tokens)
+    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
+        return render(self.policy, rows, template_kwargs, max_tokens)
 
     def load(self) -> int:
         return self.engine.load()
@@ -69,47 +67,56 @@ class EngineActor:
 
 
 class EnginePool:
-    """Handles to the running engines. Pickles into Ray Data tasks; only the driver's copy closes it."""
+    """Handles to the running engines, all of one policy. Pickles into Ray Data tasks; only the driver's copy changes it."""
 
     def __init__(self, settings: EngineSettings, policy: PolicyRef, min_actors: int, max_actors: int) -> None:
         self.settings = settings
+        self.count = max(min_actors, min(max_actors, _free_places(settings)))
+        self.actors: list[ActorHandle] = []
+        self.processes: list[tuple[str, list[tuple[int, float]]]] = []
+        self._start(policy)
+
+    def use(self, policy: PolicyRef) -> None:
+        """Sample from `policy` from now on. Engines of another one are closed and as many new ones started."""
+        if policy.identity != self.policy.identity:
+            self.close()
+            self._start(policy)
+
+    def _start(self, policy: PolicyRef) -> None:
+        settings, self.policy = self.settings, policy
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
             max_concurrency=settings.parts_in_flight + 4,
             max_restarts=MAX_RESTARTS,
         )
-        count = max(min_actors, min(max_actors, _free_places(settings)))
-        self.actors: list[ActorHandle] = [actor.remote(settings, policy) for _ in range(count)]
+        self.actors = [actor.remote(settings, policy) for _ in range(self.count)]
         try:
             self.processes = ray.get([a.processes.remote() for a in self.actors])
         except RayActorError as error:
-            self.processes = []
             self.close()
             raise StageError(
                 f"the {settings.kind} engine could not load {policy.path}: {error}. Check that the policy loads in "
                 f"{settings.kind} alone with the same engine_args, and that it fits the memory of its node"
             ) from error
 
-    def generate(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         """Sample on the engine with the least to do; called from Ray Data tasks.
 
         Raises:
             StageError: every engine died, and again after its restarts.
         """
-        return self._call("generate", policy, requests, sampling)
+        return self._call("generate", requests, sampling)
 
-    def render(
-        self, policy: PolicyRef, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int
-    ) -> list[Rendered]:
+    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
-        return self._call("render", policy, rows, template_kwargs, max_tokens)
+        return self._call("render", rows, template_kwargs, max_tokens)
 
-    def _call(self, method: str, policy: PolicyRef, rows: Sequence[Any], *arguments: Any) -> Any:
+    def _call(self, method: str, rows: Sequence[Any], *arguments: Any) -> Any:
         error: Exception | None = None
         for _ in range(1 + MAX_RESTARTS):
             try:
-                return ray.get(getattr(self._least_loaded(), method).remote(policy, rows, *arguments))
+                return ray.get(getattr(self._least_loaded(), method).remote(rows, *arguments))
             except RayActorError as died:
                 error = died
         raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(rows)} prompts: {error}") from error
@@ -140,9 +147,10 @@ class EnginePool:
                 continue
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        self.actors = []
+        self.actors, known = [], [*self.processes, *latest]
+        self.processes = []
         by_node: dict[str, set[tuple[int, float]]] = {}
-        for node, family in [*self.processes, *latest]:
+        for node, family in known:
             by_node.setdefault(node, set()).update(family)
         alive_nodes = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         for node, family in by_node.items():

@@ -1,8 +1,8 @@
 """One vLLM engine inside a Ray actor, fed by many calls at once.
 
 A thread of its own steps the engine. Calls of `generate` hand it their requests and wait, so parts that overlap share
-the running batch (continuous batching), and the tail of one part does not idle the engine. A call for another policy
-waits until the running batch is empty, then the weights are reloaded in place.
+the running batch (continuous batching), and the tail of one part does not idle the engine. The weights are those it was
+started with: vLLM's reload in place leaves copies of the old ones in use (packed for the CPU, or held by CUDA graphs).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class VllmEngine:
         _set_environment(settings)
         # The one import that is not at the top: vLLM reads its environment when it is imported.
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         arguments: dict[str, Any] = {
@@ -43,7 +44,6 @@ class VllmEngine:
             arguments["enforce_eager"] = True
             # A prompt prefilled in several steps rewinds its seeded generator, which torch's CPU generator cannot do.
             arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(2048, settings.max_model_len)
         arguments |= dict(settings.engine_args)
         self.settings = settings
         self.engine = LLMEngine.from_engine_args(
@@ -52,9 +52,10 @@ class VllmEngine:
                 revision=policy.revision,
                 trust_remote_code=policy.trust_remote_code,
                 **arguments,
-            )
+            ),
+            # vLLM's batch limits for offline work: twice to eight times as many sequences at a time as without it.
+            usage_context=UsageContext.LLM_CLASS,
         )
-        self.policy = policy
         self.calls: deque[_Call] = deque()
         self.wake = threading.Condition()
         self.turn = threading.Lock()
@@ -65,9 +66,9 @@ class VllmEngine:
         """Number of calls that wait or run; the pool sends the next part where it is least."""
         return len(self.calls)
 
-    def generate(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
-        """Sample completions under `policy`, n of each request, in the order of `requests`."""
-        call = _Call(policy, requests, sampling)
+    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+        """Sample completions, n of each request, in the order of `requests`."""
+        call = _Call(requests, sampling)
         if self.settings.closed:
             with self.turn:
                 return self._submit(call).result()
@@ -91,10 +92,6 @@ class VllmEngine:
                         self.wake.wait()
                     waiting = [c for c in self.calls if not c.started]
                 for call in waiting:
-                    if call.policy.identity != self.policy.identity:
-                        if running:
-                            break  # this and later calls wait until the batch of the loaded policy is empty
-                        self._load_weights(call.policy)
                     if self.settings.closed:
                         self.engine.reset_prefix_cache()
                     call.started = True
@@ -148,17 +145,12 @@ class VllmEngine:
         )
         self.engine.add_request(request_id, TokensPrompt(prompt_token_ids=request.prompt_token_ids), parameters)
 
-    def _load_weights(self, policy: PolicyRef) -> None:
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": local_path(policy)})
-        self.engine.reset_prefix_cache()  # its keys and values belong to the old weights
-        self.policy = policy
-
 
 class _Call:
     """One `generate` call under way."""
 
-    def __init__(self, policy: PolicyRef, requests: Sequence[Request], sampling: Mapping[str, Any]) -> None:
-        self.policy, self.requests, self.sampling = policy, requests, sampling
+    def __init__(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> None:
+        self.requests, self.sampling = requests, sampling
         self.samples: list[list[Sample]] = [[] for _ in requests]
         self.unfinished = len(requests)
         self.started = False

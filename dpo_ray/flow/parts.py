@@ -67,6 +67,22 @@ class PartRecord(BaseModel):
     counters: dict[str, float]
 
 
+class Tasks(NamedTuple):
+    """How a function runs as Ray Data tasks on whole parts.
+
+    Maps with equal Tasks are fused: a part is then loaded, worked on and committed in one process. Each process costs
+    seconds of CPU to start.
+    """
+
+    cpus: float = 0.25
+    at_a_time: int | None = None
+    """None: as many as fit."""
+
+    def options(self) -> dict[str, Any]:
+        compute = TaskPoolStrategy(self.at_a_time)
+        return {"batch_size": None, "batch_format": "pyarrow", "num_cpus": self.cpus, "compute": compute}
+
+
 class Grain(NamedTuple):
     """How the rows of a stage are keyed."""
 
@@ -105,6 +121,7 @@ def run_parts(
     grain: Grain,
     *,
     stage: str,
+    ends: Tasks | None = None,
     max_dropped: float = 1.0,
     count: Callable[[pa.Table], Mapping[str, float]] = lambda table: {},
     directory: str | None = None,
@@ -113,6 +130,7 @@ def run_parts(
 
     Args:
         transform: The stage's own function; rows carry PART, and DROP_REASON (null: kept).
+        ends: How parts are loaded and committed; the transform's own Tasks fuse with it.
         count: Counters of one part's kept rows, e.g. tokens; summed over parts for progress and metrics.
         directory: Where to write, when it is not the stage's own directory.
         max_dropped: The stage fails above this share of dropped rows.
@@ -138,9 +156,8 @@ def run_parts(
         ray.data.DataContext.get_current().raise_original_map_exception = True  # its wrapping loses the cause on the way here
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
-        ends = TaskPoolStrategy(_tasks_at_the_ends())
-        loaded = source.map_batches(_load, batch_size=None, batch_format="pyarrow", num_cpus=0.25, compute=ends)
-        sunk = transform(loaded).map_batches(sink, batch_size=None, batch_format="pyarrow", num_cpus=0.25, compute=ends)
+        options = (ends or Tasks(at_a_time=_tasks_beside_actors())).options()
+        sunk = transform(source.map_batches(_load, **options)).map_batches(sink, **options)
         try:
             for row in sunk.iter_rows():
                 record = PartRecord.model_validate_json(row["record"])
@@ -153,7 +170,7 @@ def run_parts(
     return output
 
 
-def _tasks_at_the_ends() -> int:
+def _tasks_beside_actors() -> int:
     """How many loads, and how many sinks, run at a time: a few, because each is a process to start and they are short."""
     return max(2, int(ray.cluster_resources().get("CPU", 0)) // 4)
 

@@ -18,7 +18,7 @@ from dpo_ray.config import RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.flow import cluster, storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files, write_table
-from dpo_ray.flow.parts import Grain, Part, Slice, run_parts
+from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import COMPLETIONS, SCORED, TOKENS
 
@@ -40,7 +40,10 @@ class Steps(NamedTuple):
     held_out: Callable[[Artifact, RunConfig], list[Part]]
     generate: Callable[[Dataset, Any, PolicyRef, Sampling, int], Dataset]
     """(PROMPTS rows, engine, policy, sampling, number of completions) -> COMPLETIONS rows."""
+    generate_tasks: Callable[[Any], Tasks]
+    """engine -> the tasks that `generate` runs as."""
     score: Callable[[Dataset], Dataset]
+    score_tasks: Tasks | None
     pair: Callable[[dict[str, Any]], list[dict[str, Any]]]
     """One row of SCORED -> rows of PREFERENCES."""
     logps: Callable[[Dataset, PolicyRef], Dataset]
@@ -99,7 +102,7 @@ def _evaluate(config: RunConfig, context: StageContext, steps: Steps) -> StageOu
     counts = {"start": start_completions, "policy": block.num_completions, "initial": block.num_completions}
     sampled = {
         role: _sample(context, steps, prompts, refs[role], how, counts[role], f"samples/{role}")
-        for role in ("start", "policy", "initial")
+        for role in ("start", "initial", "policy")  # the policy last: its engine is what the next round begins with
         if role in refs
     }
     if how != plain:
@@ -108,7 +111,7 @@ def _evaluate(config: RunConfig, context: StageContext, steps: Steps) -> StageOu
         context.release_engine()
 
     scored = {
-        role: _rows(context, _pass(context, steps.score, table, SCORED, "prompt_id", f"scored/{role}"), f"scored/{role}")
+        role: _rows(context, _score(context, steps, table, role), f"scored/{role}")
         for role, table in sampled.items()
         if role != "kl"
     }
@@ -184,28 +187,26 @@ def _sample(
         context,
         Grain("prompt_id", "prompt_id", COMPLETIONS),
         stage=f"evaluate {below}",
+        ends=steps.generate_tasks(context.engine),
         directory=f"{context.directory}/{below}",
     )
     return output.files
 
 
-def _pass(
-    context: StageContext,
-    transform: Callable[[Dataset], Dataset],
-    files: list[FileRecord],
-    schema: pa.Schema,
-    key: str,
-    below: str,
-) -> list[FileRecord]:
-    """Run a Dataset function over files of an earlier pass, file by file."""
-    source = below.replace("scored/", "samples/")
+def _score(context: StageContext, steps: Steps, samples: list[FileRecord], role: str) -> list[FileRecord]:
+    """Score the samples of one policy, file by file."""
     parts = [
-        Part(f"part-{i:05d}", (Slice(f"{context.directory}/{source}/{f.path}", 0, f.rows or 0),))
-        for i, f in enumerate(f for f in files if not f.path.startswith("quarantine/"))
+        Part(f"part-{i:05d}", (Slice(f"{context.directory}/samples/{role}/{f.path}", 0, f.rows or 0),))
+        for i, f in enumerate(f for f in samples if not f.path.startswith("quarantine/"))
     ]
-    grain = Grain(key, key, schema)
     return run_parts(
-        transform, parts, context, grain, stage=f"evaluate {below}", directory=f"{context.directory}/{below}"
+        steps.score,
+        parts,
+        context,
+        Grain("prompt_id", "prompt_id", SCORED),
+        stage=f"evaluate scored/{role}",
+        ends=steps.score_tasks,
+        directory=f"{context.directory}/scored/{role}",
     ).files
 
 

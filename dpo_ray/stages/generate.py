@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
-from ray.data import Dataset, TaskPoolStrategy
+from ray.data import Dataset
 
 from dpo_ray.config import Generate, RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Grain, Part, mark_dropped, run_parts
+from dpo_ray.flow.parts import Grain, Part, Tasks, mark_dropped, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import COMPLETION, COMPLETIONS, TOKENS, completion_id, sample_seed
 
@@ -40,6 +40,7 @@ def stage(
             context,
             GRAIN,
             stage="generate",
+            ends=tasks(context.engine, block),
             max_dropped=block.max_dropped,
             count=count_completions,
         )
@@ -85,7 +86,8 @@ def engine_spec(config: RunConfig) -> EngineSpec:
     )
 
     def start(inputs: Mapping[str, Artifact]) -> EnginePool:
-        policy = policy_ref(inputs["policy"], trust_remote_code=config.trust_remote_code)
+        first = inputs.get("start", inputs["policy"])  # evaluate samples from the round's start first
+        policy = policy_ref(first, trust_remote_code=config.trust_remote_code)
         return EnginePool(settings, policy, resources.min_actors, resources.max_actors)
 
     return EngineSpec(repr(settings), start)
@@ -101,18 +103,19 @@ def generate(
     seed: int,
     num_completions: int,
 ) -> Dataset:
-    """Add round, prompt_token_ids and completions to rows of PROMPTS."""
+    """Add round, prompt_token_ids and completions to rows of PROMPTS. Engines of another policy are replaced first."""
+    engine.use(policy)
     parameters = {**sampling.model_dump(), "logps": block.sampler_logps}
 
     def sample(table: pa.Table) -> pa.Table:
         prompts = table.select(["prompt", "tools"]).to_pylist()
-        rendered = engine.render(policy, prompts, block.chat_template_kwargs, block.max_prompt_tokens)
+        rendered = engine.render(prompts, block.chat_template_kwargs, block.max_prompt_tokens)
         token_ids = [ids for ids, _ in rendered]
         table = mark_dropped(table, [reason for _, reason in rendered])
         ids = table["prompt_id"].to_pylist()
         keep = [i for i, (_, reason) in enumerate(rendered) if reason is None]
         requests = [Request(token_ids[i], sample_seed(seed, round_, ids[i]), num_completions) for i in keep]
-        sampled = dict(zip(keep, engine.generate(policy, requests, parameters), strict=True)) if keep else {}
+        sampled = dict(zip(keep, engine.generate(requests, parameters), strict=True)) if keep else {}
         completions = [
             [_completion(s, ids[i], round_, policy, k, seed) for k, s in enumerate(sampled.get(i, []))]
             for i in range(table.num_rows)
@@ -121,8 +124,12 @@ def generate(
         table = table.append_column("prompt_token_ids", pa.array(token_ids, TOKENS))
         return table.append_column("completions", pa.array(completions, pa.list_(COMPLETION)))
 
-    in_flight = len(engine.actors) * block.resources.parts_in_flight
-    return ds.map_batches(sample, batch_size=None, batch_format="pyarrow", num_cpus=0.1, compute=TaskPoolStrategy(in_flight))
+    return ds.map_batches(sample, **tasks(engine, block).options())
+
+
+def tasks(engine: EnginePool, block: Generate) -> Tasks:
+    """The tasks that wait for the engines: as many as the parts in flight."""
+    return Tasks(cpus=0.1, at_a_time=engine.count * block.resources.parts_in_flight)
 
 
 def count_completions(table: pa.Table) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ray.data import Dataset
 
 from dpo_ray.config import Pair, RunConfig
 from dpo_ray.errors import StageError
-from dpo_ray.flow.parts import DROP_REASON, PART, Grain, run_parts, split_into_parts
+from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, content_id
 
@@ -32,7 +32,15 @@ IN_FLIGHT = pa.schema(
 def stage(config: RunConfig, round_: int) -> Stage:
     def run(context: StageContext) -> StageOutput:
         parts = split_into_parts(context.inputs["scored"], config.pair.resources.rows_per_part)
-        return run_parts(lambda ds: pair(ds, config.pair, config.seed), parts, context, GRAIN, stage="pair", count=count_pairs)
+        return run_parts(
+            lambda ds: pair(ds, config.pair, config.seed),
+            parts,
+            context,
+            GRAIN,
+            stage="pair",
+            ends=Tasks(config.pair.resources.cpus),
+            count=count_pairs,
+        )
 
     return Stage(
         name="pair",
@@ -53,7 +61,7 @@ def pair(ds: Dataset, block: Pair, seed: int) -> Dataset:
         rows = [out for row in table.to_pylist() for out in pair_prompt(row, block, seed)]
         return pa.Table.from_pylist(rows, schema=IN_FLIGHT)
 
-    return ds.map_batches(pair_table, batch_size=None, batch_format="pyarrow", num_cpus=block.resources.cpus)
+    return ds.map_batches(pair_table, **Tasks(block.resources.cpus).options())
 
 
 def pair_prompt(row: dict[str, Any], block: Pair, seed: int) -> list[dict[str, Any]]:

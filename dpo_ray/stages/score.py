@@ -14,7 +14,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
 from dpo_ray.config import FunctionScore, RewardModelScore, RunConfig
-from dpo_ray.flow.parts import Grain, run_parts, split_into_parts
+from dpo_ray.flow.parts import Grain, Tasks, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import SCORED, SCORED_COMPLETION
 from dpo_ray.scorers.function import call, function_sources, load_function
@@ -35,6 +35,7 @@ def stage(config: RunConfig, round_: int) -> Stage:
             context,
             GRAIN,
             stage="score",
+            ends=tasks(block),
             max_dropped=block.max_dropped,
             count=count_scores,
         )
@@ -78,9 +79,7 @@ def score(ds: Dataset, block: FunctionScore | RewardModelScore, trust_remote_cod
         judge = functools.partial(_judge_by_function, block=block)
         return ds.map_batches(
             functools.partial(_score_table, judge=judge, reasoning_end=block.reasoning_end),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=block.resources.cpus,
+            **Tasks(block.resources.cpus).options(),
         )
     return ds.map_batches(
         _RewardModelActor,
@@ -91,6 +90,11 @@ def score(ds: Dataset, block: FunctionScore | RewardModelScore, trust_remote_cod
         num_cpus=block.resources.cpus,
         num_gpus=block.resources.gpus,
     )
+
+
+def tasks(block: FunctionScore | RewardModelScore) -> Tasks | None:
+    """The tasks that call the function; None for a reward model, which has actors."""
+    return Tasks(block.resources.cpus) if isinstance(block, FunctionScore) else None
 
 
 def count_scores(table: pa.Table) -> dict[str, float]:

@@ -45,45 +45,45 @@ def engine(policy):
     return HfEngine(SETTINGS, policy)
 
 
-def sample(engine, policy, requests=REQUESTS, **sampling):
-    return engine.generate(policy, requests, SAMPLING | sampling)
+def sample(engine, requests=REQUESTS, **sampling):
+    return engine.generate(requests, SAMPLING | sampling)
 
 
-def test_hf_same_seed_gives_the_same_samples(engine, policy):
-    assert sample(engine, policy) == sample(engine, policy)
+def test_hf_same_seed_gives_the_same_samples(engine):
+    assert sample(engine) == sample(engine)
 
 
-def test_hf_samples_do_not_depend_on_the_batch_around_them(engine, policy):
-    together = sample(engine, policy)
-    assert sample(engine, policy, REQUESTS[::-1]) == together[::-1]
-    assert sample(engine, policy, REQUESTS[1:2]) == together[1:2]
+def test_hf_samples_do_not_depend_on_the_batch_around_them(engine):
+    together = sample(engine)
+    assert sample(engine, REQUESTS[::-1]) == together[::-1]
+    assert sample(engine, REQUESTS[1:2]) == together[1:2]
     fewer = [r._replace(n=1) for r in REQUESTS]
-    assert [samples[:1] for samples in together] == sample(engine, policy, fewer)
+    assert [samples[:1] for samples in together] == sample(engine, fewer)
 
 
-def test_hf_sample_k_is_that_of_the_seed_plus_k(engine, policy):
-    (two,) = sample(engine, policy, REQUESTS[:1])
-    (shifted,) = sample(engine, policy, [REQUESTS[0]._replace(seed=REQUESTS[0].seed + 1, n=1)])
+def test_hf_sample_k_is_that_of_the_seed_plus_k(engine):
+    (two,) = sample(engine, REQUESTS[:1])
+    (shifted,) = sample(engine, [REQUESTS[0]._replace(seed=REQUESTS[0].seed + 1, n=1)])
     assert shifted[0] == two[1]
 
 
-def test_hf_samples_of_other_seeds_differ(engine, policy):
-    got = sample(engine, policy, [REQUESTS[0]._replace(n=6)])[0]
+def test_hf_samples_of_other_seeds_differ(engine):
+    got = sample(engine, [REQUESTS[0]._replace(n=6)])[0]
     assert len({tuple(s.token_ids) for s in got}) == 6
 
 
 @pytest.mark.parametrize(("max_new_tokens", "prompt_length", "wanted"), [(5, 4, 5), (200, 30, 10)])
-def test_hf_completion_that_reaches_the_limit_has_no_end_token(engine, policy, max_new_tokens, prompt_length, wanted):
+def test_hf_completion_that_reaches_the_limit_has_no_end_token(engine, max_new_tokens, prompt_length, wanted):
     """The limit is max_new_tokens, or what the engine's max_model_len of 40 leaves."""
-    got = sample(engine, policy, [Request([10] * prompt_length, 0, 3)], max_new_tokens=max_new_tokens)[0]
+    got = sample(engine, [Request([10] * prompt_length, 0, 3)], max_new_tokens=max_new_tokens)[0]
     cut = [s for s in got if s.finish_reason == "length"]
     assert cut
     assert all(len(s.token_ids) == wanted and tiny.EOS not in s.token_ids for s in cut)
 
 
-def test_hf_end_token_stops_and_is_kept_in_the_ids_alone(engine, policy):
+def test_hf_end_token_stops_and_is_kept_in_the_ids_alone(engine):
     """One of 101 tokens ends; 10 samples of up to 36 tokens hold some."""
-    got = sample(engine, policy, [Request([1, 50], 7, 10)], max_new_tokens=36)[0]
+    got = sample(engine, [Request([1, 50], 7, 10)], max_new_tokens=36)[0]
     stopped = [s for s in got if s.finish_reason == "stop"]
     assert stopped
     for s in stopped:
@@ -93,10 +93,10 @@ def test_hf_end_token_stops_and_is_kept_in_the_ids_alone(engine, policy):
     assert all(tiny.EOS not in s.token_ids for s in got if s.finish_reason == "length")
 
 
-def test_hf_stop_token_id_of_the_sampling_ends_too(engine, policy):
-    (free,) = sample(engine, policy, REQUESTS[:1])[0][:1]
+def test_hf_stop_token_id_of_the_sampling_ends_too(engine):
+    (free,) = sample(engine, REQUESTS[:1])[0][:1]
     stop = free.token_ids[4]
-    (got,) = sample(engine, policy, REQUESTS[:1], stop_token_ids=(stop,))[0][:1]
+    (got,) = sample(engine, REQUESTS[:1], stop_token_ids=(stop,))[0][:1]
     assert got.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
     assert got.finish_reason == "stop"
 
@@ -120,9 +120,9 @@ def bytes_policy(tmp_path_factory):
 def test_hf_stop_string_ends_the_completion_and_is_not_in_its_text(bytes_policy):
     engine = HfEngine(SETTINGS, bytes_policy)
     request = [Request([40, 50, 60], 3, 1)]
-    ((free,),) = sample(engine, bytes_policy, request, max_new_tokens=30)
+    ((free,),) = sample(engine, request, max_new_tokens=30)
     stop = next(c for c in free.text[8:] if c.isascii() and c.isprintable())
-    ((got,),) = sample(engine, bytes_policy, request, max_new_tokens=30, stop=(stop,))
+    ((got,),) = sample(engine, request, max_new_tokens=30, stop=(stop,))
     assert got.text == free.text[: free.text.index(stop)]
     assert got.finish_reason == "stop"
     assert got.token_ids == free.token_ids[: len(got.token_ids)]
@@ -130,29 +130,18 @@ def test_hf_stop_string_ends_the_completion_and_is_not_in_its_text(bytes_policy)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5, "top_k": 5}, {"temperature": 2.0, "top_p": 0.8, "min_p": 0.01}])
-def test_hf_logps_are_those_of_the_unscaled_distribution(engine, policy, sampling):
+def test_hf_logps_are_those_of_the_unscaled_distribution(engine, sampling):
     """Against one plain forward in float64, a loop over tokens; measured error below 2e-6 nats."""
     model = tiny.build_model("llama")
-    (got,) = sample(engine, policy, REQUESTS[1:2], logps=True, **sampling)
+    (got,) = sample(engine, REQUESTS[1:2], logps=True, **sampling)
     for s in got:
         assert s.logps_sum == pytest.approx(tiny.naive_logps(model, REQUESTS[1].prompt_token_ids, s.token_ids), abs=1e-4)
 
 
-def test_hf_logps_not_asked_for_are_none(engine, policy):
-    assert {s.logps_sum for s in sample(engine, policy, REQUESTS[:1])[0]} == {None}
+def test_hf_logps_not_asked_for_are_none(engine):
+    assert {s.logps_sum for s in sample(engine, REQUESTS[:1])[0]} == {None}
 
 
-def test_hf_low_temperature_and_top_k_narrow_the_samples(engine, policy):
-    greedy = sample(engine, policy, [REQUESTS[0]._replace(n=4)], top_k=1)[0]
+def test_hf_low_temperature_and_top_k_narrow_the_samples(engine):
+    greedy = sample(engine, [REQUESTS[0]._replace(n=4)], top_k=1)[0]
     assert len({tuple(s.token_ids) for s in greedy}) == 1
-
-
-def test_hf_another_policy_is_loaded_for_its_own_requests(engine, policy, tmp_path):
-    model = tiny.build_model("llama", seed=1)
-    model.save_pretrained(tmp_path)
-    tiny.build_tokenizer().save_pretrained(tmp_path)
-    other = policy._replace(path=str(tmp_path), identity=policy_identity(tmp_path))
-    before = sample(engine, policy)
-    (got,) = sample(engine, other, REQUESTS[:1], logps=True)
-    assert got[0].logps_sum == pytest.approx(tiny.naive_logps(model, REQUESTS[0].prompt_token_ids, got[0].token_ids), abs=1e-4)
-    assert sample(engine, policy) == before

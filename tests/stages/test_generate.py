@@ -30,10 +30,15 @@ TEMPLATE = (
 class FakeEngine:
     """Stands for the engines: every sample is made of the hash of its prompt and its seed, so results are exact."""
 
-    actors = (None,)
-    render = staticmethod(render)
+    count = 1
 
-    def generate(self, policy, requests, sampling):
+    def use(self, policy):
+        self.policy = policy
+
+    def render(self, rows, template_kwargs, max_tokens):
+        return render(self.policy, rows, template_kwargs, max_tokens)
+
+    def generate(self, requests, sampling):
         return [[fake_sample(r.prompt_token_ids, r.seed + k) for k in range(r.n)] for r in requests]
 
 
@@ -139,8 +144,8 @@ def test_generate_tools_and_template_options_reach_the_template(tmp_path, templa
 class ParametersEngine(FakeEngine):
     """Answers with the sampling parameters that it was given, as text."""
 
-    def generate(self, policy, requests, sampling):
-        text = json.dumps({**sampling, "policy": policy.identity}, default=list)
+    def generate(self, requests, sampling):
+        text = json.dumps({**sampling, "policy": self.policy.identity}, default=list)
         return [[Sample([6], text, "stop", None) for _ in range(r.n)] for r in requests]
 
 
@@ -156,7 +161,7 @@ def test_generate_engine_gets_every_sampling_parameter_and_the_policy(tmp_path, 
 
 
 class FailingEngine(FakeEngine):
-    def generate(self, policy, requests, sampling):
+    def generate(self, requests, sampling):
         raise StageError("engines died 3 times on one part")
 
 
