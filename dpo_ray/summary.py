@@ -52,6 +52,7 @@ def round_result(metrics: dict[str, Any]) -> str:
         f"distinct completions         {m['distinct_start']:.1%} -> {m['distinct']:.1%}",
         f"distinct-2                   {m['distinct_2_start']:.3f} -> {m['distinct_2']:.3f}",
     ]
+    lines.append(f"engine against trainer       {m['engine_mismatch']:.1e} nats a token")
     if "eval_rewards/accuracies" in m:
         lines.append(
             f"implicit reward accuracy     {m['eval_rewards/accuracies']:.3f} on {m['eval_pairs']} held-out pairs "

@@ -61,7 +61,8 @@ def steps(config: RunConfig, round_: int) -> Steps:
     from dpo_ray.stages import evaluate, generate, pair, prompts, reference, score
 
     columns = {"completion_token_ids": "logps"}
-    ref, g = config.reference, config.generate
+    # Always with the engine's own log-probabilities: evaluate checks by them that the engine holds the policy it should.
+    ref, g = config.reference, config.generate.model_copy(update={"sampler_logps": True})
     return evaluate.Steps(
         held_out=prompts.held_out,
         generate=lambda ds, engine, policy, how, n: generate.generate(ds, engine, policy, g, how, round_, config.seed, n),

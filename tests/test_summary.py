@@ -19,6 +19,7 @@ METRICS = {
     "mean_score_start": 1.25,
     "kl": 3.5,
     "kl_se": 0.25,
+    "engine_mismatch": 1e-6,
     **{f"{name}{of}": 0.5 for name in ("mean_tokens", "cut_by_length", "distinct", "distinct_2") for of in ("", "_start")},
 }
 

@@ -16,6 +16,7 @@ from ray.data import Dataset
 from dpo_ray import ranking
 from dpo_ray.config import RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, policy_ref
+from dpo_ray.errors import StageError
 from dpo_ray.flow import cluster, storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files, write_table
 from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts
@@ -32,6 +33,8 @@ SEQUENCES = pa.schema(
 )
 AT_TEMPERATURE_1 = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 NO_PENALTY = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+MAX_ENGINE_MISMATCH = 0.1
+"""Nats a token, far above the rounding of bfloat16."""
 
 
 class Steps(NamedTuple):
@@ -121,12 +124,29 @@ def _evaluate(config: RunConfig, context: StageContext, steps: Steps) -> StageOu
     file = write_table(context.directory, "sequences.parquet", sequences)
     logps = {role: _logps(context, steps, file, refs[role], f"logps/{role}") for role in ("policy", "reference")}
 
-    metrics = compare(config, scored, logps["policy"], logps["reference"], pairs)
+    mismatch = engine_mismatch(kl_rows, logps["policy"])
+    if mismatch > MAX_ENGINE_MISMATCH:
+        raise StageError(
+            f"evaluate: the engine's log-probabilities of its own samples are {mismatch:.3g} nats a token away from those of "
+            f"{refs['policy'].path} (rounding stays below {MAX_ENGINE_MISMATCH:g}): it does not sample from that policy. "
+            "Check that it loads this architecture as transformers does; `generate.engine: hf` samples with transformers"
+        )
+    metrics = compare(config, scored, logps["policy"], logps["reference"], pairs) | {"engine_mismatch": mismatch}
     storage.write_json(f"{context.directory}/metrics.json", metrics)
     lines = [json.dumps(s, ensure_ascii=False) for s in samples_for_people(scored)]
     storage.write_bytes(f"{context.directory}/samples.jsonl", ("\n".join(lines) + "\n").encode())
     files = [f for below in ("samples", "scored", "logps") for f in record_files(context.directory, below)]
     return StageOutput(files, len(scored["start"]), len(scored["policy"]), {}, metrics)
+
+
+def engine_mismatch(rows: list[dict[str, Any]], policy_logps: dict[str, float]) -> float:
+    """|engine - policy| log-probability of the engine's own samples, in nats a token.
+
+    Sampled log-probabilities are what shows that engine and trainer hold the same policy: a wrong one still writes text.
+    """
+    completions = [c for row in rows for c in row["completions"] if c["token_ids"]]
+    errors = [abs(c["sampler_logps_sum"] - policy_logps[f"kl/{c['completion_id']}"]) for c in completions]
+    return sum(errors) / max(1, sum(len(c["token_ids"]) for c in completions))
 
 
 def compare(

@@ -18,6 +18,8 @@ from dpo_ray.learn.policy import load_policy, policy_identity
 from dpo_ray.learn.tokens import load_tokenizer, render_prompt
 from dpo_ray.quickstart.policy import build_policy
 
+from ..learn.tiny import naive_logps
+
 SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -152,10 +154,7 @@ def assert_sampled_from(policy: Path, asked: list[Request], samples: list[list[S
     model = load_policy(str(policy), dtype=torch.float32)
     for request, pair in zip(asked, samples, strict=True):
         for s in pair:
-            with torch.no_grad():
-                logits = model(torch.tensor([[*request.prompt_token_ids, *s.token_ids]])).logits[0].double()
-            logps = logits.log_softmax(-1)[len(request.prompt_token_ids) - 1 : -1]
-            expected = logps.gather(1, torch.tensor(s.token_ids)[:, None]).sum().item()
+            expected = naive_logps(model, request.prompt_token_ids, s.token_ids)
             assert s.logps_sum == pytest.approx(expected, abs=1e-3)
 
 

@@ -76,6 +76,15 @@ def test_compare_without_pairs_gives_no_implicit_rewards():
     assert not any(k.startswith("eval_") for k in compare({"start": START, "policy": POLICY}))
 
 
+def test_engine_mismatch_is_per_token_and_leaves_out_empty_completions():
+    completion = lambda i, logps, ids: {"completion_id": i, "sampler_logps_sum": logps, "token_ids": ids}
+    rows = [
+        {"completions": [completion("x", -1.0, [5, 6, 7])]},
+        {"completions": [completion("y", -2.5, [8]), completion("z", None, [])]},
+    ]
+    assert evaluate.engine_mismatch(rows, {"kl/x": -1.25, "kl/y": -2.0}) == pytest.approx((0.25 + 0.5) / 4)
+
+
 def test_samples_for_people_show_both_sides_of_the_same_prompt():
     got = list(evaluate.samples_for_people({"start": START, "policy": POLICY}, limit=2))
     assert [(s["prompt"], s["start"]["score"], s["policy"]["score"]) for s in got] == [("a", 1.0, 9.0), ("b", 2.0, 2.0)]
