@@ -80,7 +80,7 @@ def stage(policy: str, num_prompts: int, closed: bool = False) -> dict[str, floa
     cluster.connect()
     block = Generate(dtype="float32", sampling=Sampling(**SAMPLING), max_prompt_tokens=MAX_PROMPT)
     settings = EngineSettings(
-        "vllm", "float32", MAX_PROMPT + MAX_NEW, {}, 1, 0, THREADS, block.resources.parts_in_flight, False
+        "vllm", "float32", MAX_PROMPT + MAX_NEW, {}, 1, 0, THREADS, block.resources.parts_in_flight, closed
     )
     ref = PolicyRef(policy, "bench")
     with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as quiet:

@@ -25,6 +25,9 @@ MAX_RESTARTS = 2
 CLOSE_TIMEOUT_S = 30.0
 
 
+Family = tuple[str, list[tuple[int, float]]]
+
+
 class Process:
     """Names one process for good: a pid alone is reused."""
 
@@ -48,22 +51,40 @@ class EngineActor:
             from dpo_ray.engines.vllm import VllmEngine as Kind
         else:
             from dpo_ray.engines.hf import HfEngine as Kind
-        self.engine, self.policy = Kind(settings, policy), policy
+        self.engine = Kind(settings, policy)
 
     def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         return self.engine.generate(requests, sampling)
 
-    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
-        return render(self.policy, rows, template_kwargs, max_tokens)
-
     def load(self) -> int:
         return self.engine.load()
 
-    def processes(self) -> tuple[str, list[tuple[int, float]]]:
-        """This node's id, and pid and start time of this process and its children."""
-        me = psutil.Process()
-        family = [me, *me.children(recursive=True)]
-        return ray.get_runtime_context().get_node_id(), [(p.pid, p.create_time()) for p in family]
+    def processes(self) -> Family:
+        return _family()
+
+
+class RenderActor:
+    """Applies the chat template in a process of its own, with the tokenizer's libraries loaded once.
+
+    In a thread of the engine's process it slows the engine's steps down, by Python's lock; in the short-lived tasks
+    around the engines, loading the libraries costs seconds of CPU a process.
+    """
+
+    def __init__(self, policy: PolicyRef) -> None:
+        self.policy = policy
+
+    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
+        return render(self.policy, rows, template_kwargs, max_tokens)
+
+    def processes(self) -> Family:
+        return _family()
+
+
+def _family() -> Family:
+    """This node's id, and pid and start time of this process and its children."""
+    me = psutil.Process()
+    family = [me, *me.children(recursive=True)]
+    return ray.get_runtime_context().get_node_id(), [(p.pid, p.create_time()) for p in family]
 
 
 class EnginePool:
@@ -73,7 +94,7 @@ class EnginePool:
         self.settings = settings
         self.count = max(min_actors, min(max_actors, _free_places(settings)))
         self.actors: list[ActorHandle] = []
-        self.processes: list[tuple[str, list[tuple[int, float]]]] = []
+        self.processes: list[Family] = []
         self._start(policy)
 
     def use(self, policy: PolicyRef) -> None:
@@ -91,8 +112,10 @@ class EnginePool:
             max_restarts=MAX_RESTARTS,
         )
         self.actors = [actor.remote(settings, policy) for _ in range(self.count)]
+        rendering = ray.remote(RenderActor).options(num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)
+        self.renderer: ActorHandle = rendering.remote(policy)
         try:
-            self.processes = ray.get([a.processes.remote() for a in self.actors])
+            self.processes = ray.get([a.processes.remote() for a in [*self.actors, self.renderer]])
         except RayActorError as error:
             self.close()
             raise StageError(
@@ -106,20 +129,17 @@ class EnginePool:
         Raises:
             StageError: every engine died, and again after its restarts.
         """
-        return self._call("generate", requests, sampling)
-
-    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
-        """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
-        return self._call("render", rows, template_kwargs, max_tokens)
-
-    def _call(self, method: str, rows: Sequence[Any], *arguments: Any) -> Any:
         error: Exception | None = None
         for _ in range(1 + MAX_RESTARTS):
             try:
-                return ray.get(getattr(self._least_loaded(), method).remote(rows, *arguments))
+                return ray.get(self._least_loaded().generate.remote(requests, sampling))
             except RayActorError as died:
                 error = died
-        raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(rows)} prompts: {error}") from error
+        raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(requests)} prompts: {error}") from error
+
+    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
+        """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
+        return ray.get(self.renderer.render.remote(rows, template_kwargs, max_tokens))
 
     def _least_loaded(self) -> ActorHandle:
         if len(self.actors) == 1:
@@ -140,12 +160,13 @@ class EnginePool:
             ResourceError: a process survived SIGKILL.
         """
         latest = []
-        for actor in self.actors:
+        actors = [*self.actors, self.renderer]
+        for actor in actors:
             try:  # an engine that was started again has other processes than at first
                 latest.append(ray.get(actor.processes.remote(), timeout=5))
             except (RayActorError, GetTimeoutError):
                 continue
-        for actor in self.actors:
+        for actor in actors:
             ray.kill(actor, no_restart=True)
         self.actors, known = [], [*self.processes, *latest]
         self.processes = []

@@ -1,7 +1,4 @@
-"""Apply the chat template, once, in the engine's own process: it has the tokenizer's libraries loaded already.
-
-In the short-lived tasks around it they would cost seconds of CPU a process.
-"""
+"""Apply the chat template, once. Runs in the pool's RenderActor."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the C++ core warns of its own retries on stderr
     # A local Ray keeps this many idle workers; by default as many as CPUs, and each one more costs 3 s of CPU to start again.
-    os.environ.setdefault("RAY_num_workers_soft_limit", "8")
+    os.environ.setdefault("RAY_num_workers_soft_limit", "4")
     ray.init(
         runtime_env=worker_environment(),
         logging_level=logging.WARNING,
