@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-K, MAX_NEW, MAX_PROMPT, THREADS, WARM_UP = 2, 96, 128, 1, 256
+K, MAX_NEW, MAX_PROMPT, THREADS, WARM_UP = 2, 96, 128, 1, 1024
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_NEW}
 
 
@@ -91,7 +91,8 @@ def stage(policy: str, num_prompts: int, closed: bool = False) -> dict[str, floa
         engine = EnginePool(settings, ref, 1, 1)
 
         def run(start: int, stop: int, name: str) -> dict[str, Any]:
-            cuts = [(at, min(at + 64, stop)) for at in range(start, stop, 64)]
+            size = block.resources.rows_per_part
+            cuts = [(at, min(at + size, stop)) for at in range(start, stop, size)]
             parts = [Part(f"part-{i:05d}", (Slice(f"{directory}/prompts.parquet", *c),)) for i, c in enumerate(cuts)]
             context = StageContext(f"{directory}/{name}", name, {}, engine, lambda: None, Progress(quiet))
             output = run_parts(

@@ -62,6 +62,9 @@ class ActorResources(Block):
 class EngineResources(ActorResources):
     """Where generation engines run: one actor is one engine."""
 
+    rows_per_part: int = Field(default=256, ge=1)
+    """Prompts that are committed together. With parts_in_flight and num_completions it should hold more sequences than the
+    engine runs at a time (vLLM: 256 on CPU, up to 1024 on a GPU), else the engine waits at the end of every part."""
     tensor_parallel: int = Field(default=1, ge=1)
     """Devices that one engine spans, all on one node. With GPUs, `gpus` must equal it."""
     parts_in_flight: int = Field(default=4, ge=1)

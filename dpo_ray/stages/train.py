@@ -132,9 +132,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     import ray.train
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
-    from dpo_ray.learn import checkpoint, dpo, logps, optim, policy, tokens
+    from dpo_ray.learn import checkpoint, dpo, logps, optim
 
     config: RunConfig = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
@@ -146,17 +145,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         logps.float32_matmul_fast_path()
     torch.manual_seed(config.seed)
 
-    path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
-    model = policy.load_policy(path, dtype=torch.float32, **where).to(device)
-    model = policy.shard(
-        model,
-        init_device_mesh(device.type, (world_size,)),
-        compute_dtype=getattr(torch, block.dtype),
-        activation_checkpointing=block.activation_checkpointing,
-    )
-    optimizer = optim.build_optimizer(
-        model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
-    )
+    model, optimizer, pad_token_id = _load(start, block, device, world_size)
     table = PairTable(arguments["tables"])
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"])
     done = 0
@@ -175,7 +164,7 @@ def _worker(arguments: dict[str, Any]) -> None:
             step, len(plan), peak=block.learning_rate, warmup_ratio=block.warmup_ratio, schedule=block.schedule
         ),
         max_grad_norm=block.max_grad_norm,
-        pad_token_id=tokens.pad_token_id(tokens.load_tokenizer(path, **where)),
+        pad_token_id=pad_token_id,
         device=device,
         start_step=done,
     )
@@ -196,6 +185,26 @@ def _worker(arguments: dict[str, Any]) -> None:
     if rank == 0:
         write_log(directory, log)
     dist.barrier()
+
+
+def _load(start: PolicyRef, block: Train, device: Any, world_size: int) -> tuple[Any, Any, int]:
+    """The policy with float32 master weights, sharded over all workers, its optimizer, and the token that pads."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from dpo_ray.learn import optim, policy, tokens
+
+    path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
+    model = policy.shard(
+        policy.load_policy(path, dtype=torch.float32, **where).to(device),
+        init_device_mesh(device.type, (world_size,)),
+        compute_dtype=getattr(torch, block.dtype),
+        activation_checkpointing=block.activation_checkpointing,
+    )
+    optimizer = optim.build_optimizer(
+        model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
+    )
+    return model, optimizer, tokens.pad_token_id(tokens.load_tokenizer(path, **where))
 
 
 def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: int) -> None:
