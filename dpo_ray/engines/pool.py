@@ -110,6 +110,7 @@ class EnginePool:
             num_gpus=settings.gpus,
             max_concurrency=settings.parts_in_flight + 4,
             max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,  # a call waits while its engine starts again; without it, it fails at once
         )
         self.actors = [actor.remote(settings, policy) for _ in range(self.count)]
         rendering = ray.remote(RenderActor).options(num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)

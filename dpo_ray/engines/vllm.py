@@ -175,6 +175,8 @@ def _set_environment(settings: EngineSettings) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Ray sets as many threads as the actor's CPUs; vLLM's CPU attention aborts when there are fewer cores than that.
+        os.environ["OMP_NUM_THREADS"] = str(min(max(1, int(settings.cpus)), len(os.sched_getaffinity(0))))
         if settings.engine_args.get("enforce_eager", True):
             # vLLM compiles a few helpers even when eager (the ranks of log-probabilities), which wants a C++ compiler.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -144,7 +144,8 @@ def test_engine_killed_while_generating_starts_again_and_finishes(idle_ray: None
         time.sleep(0.01)
     os.kill(processes(engine)[0].pid, signal.SIGKILL)
     assert ids(ray.get(running)) == expected * 200
-    family = processes(engine)[1:]
+    _, restarted = ray.get(engine.actors[0].processes.remote())
+    family = [psutil.Process(pid) for pid, _ in restarted]
     engine.close()
     assert_gone(family, idle)
 
