@@ -23,9 +23,8 @@ from dpo_ray.errors import ResourceError, StageError
 
 MAX_RESTARTS = 2
 CLOSE_TIMEOUT_S = 30.0
-
-
 Family = tuple[str, list[tuple[int, float]]]
+"""A node's id, and pid and start time of each process of an actor there."""
 
 
 class Process:

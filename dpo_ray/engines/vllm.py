@@ -2,7 +2,7 @@
 
 A thread of its own steps the engine. Calls of `generate` hand it their requests and wait, so parts that overlap share
 the running batch (continuous batching), and the tail of one part does not idle the engine. The weights are those it was
-started with: vLLM's reload in place leaves copies of the old ones in use (packed for the CPU, or held by CUDA graphs).
+started with: after vLLM's reload in place, on CPU, samples came from a mix of the old weights and the new.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def test_engine_killed_while_generating_starts_again_and_finishes(idle_ray: None
 
 
 def assert_sampled_from(policy: Path, asked: list[Request], samples: list[list[Sample]]) -> None:
-    """The engine's own log-probabilities are those of a plain forward of the policy; measured error below 1e-5 nats."""
+    """The engine's own log-probabilities are those of a plain forward of the policy (at worst 2.1e-5 nats off, measured)."""
     model = load_policy(str(policy), dtype=torch.float32)
     for request, pair in zip(asked, samples, strict=True):
         for s in pair:

@@ -90,7 +90,7 @@ def test_round_submitted_evaluation_compares_held_out_prompts(run: Path) -> None
 
 
 def test_round_submitted_evaluation_samples_each_policy_from_its_own_weights(run: Path, tiny_policy: Path) -> None:
-    """By a plain float32 forward of the start and of the exported policy; measured error below 1e-5 nats."""
+    """By a plain float32 forward of the start and of the exported policy (at worst 2.1e-5 nats off, measured)."""
     directories = {"start": tiny_policy, "policy": run / "round_00/train/policy"}
     for role, directory in directories.items():
         model = load_policy(str(directory), dtype=torch.float32)
