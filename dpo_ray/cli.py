@@ -16,11 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dpo_ray.config import RunConfig
+from dpo_ray.config import PreferenceRun, Run, RunConfig, run_class
 from dpo_ray.errors import ConfigError
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig]:
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Run]:
     """The parsed arguments and the validated configuration.
 
     Raises:
@@ -29,7 +29,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser = argparse.ArgumentParser(
         description="Take a policy and prompts through DPO rounds: generate, score, pair, reference, train, evaluate.",
         epilog="Any field of the configuration can be set over the YAML, e.g. --train.beta 0.2:\n\n"
-        + "\n".join(describe(RunConfig)),
+        + "\n".join(describe(RunConfig))
+        + "\n\nand, of a run on existing preferences:\n\n"
+        + "\n".join(line for line in describe(PreferenceRun) if line not in describe(RunConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the run, e.g. pipelines/quickstart.yaml")
@@ -48,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     return arguments, load_config(arguments.config, overrides(rest))
 
 
-def load_config(path: str, dotted: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(path: str, dotted: Mapping[str, Any] | None = None) -> Run:
     """Read a YAML file, put overrides over it, and validate once.
 
     Raises:
@@ -66,7 +68,7 @@ def load_config(path: str, dotted: Mapping[str, Any] | None = None) -> RunConfig
     for name, value in (dotted or {}).items():
         _set(tree, name.split("."), value, name)
     try:
-        return RunConfig.model_validate(tree)
+        return run_class(tree).model_validate(tree)
     except ValidationError as error:
         lines = [f"  {_flag(e['loc']) or 'config'}: {_explain(e)}" for e in error.errors()]
         raise ConfigError(f"{path} is not a valid configuration:\n" + "\n".join(lines)) from None
@@ -105,16 +107,18 @@ def _set(tree: dict[str, Any], path: Sequence[str], value: Any, name: str) -> No
 
 
 def _flag(place: Sequence[str | int]) -> str:
-    """The flag of a field, without the `kind` that pydantic puts after `score`, the one block of several kinds."""
+    """The flag of a field, without the `kind` that pydantic puts after a block of several kinds."""
     parts = [str(part) for part in place]
-    return ".".join(parts[:1] + parts[2:] if parts[:1] == ["score"] and len(parts) > 2 else parts)
+    several_kinds = parts[:1] in (["score"], ["preferences"]) and len(parts) > 2
+    return ".".join(parts[:1] + parts[2:] if several_kinds else parts)
 
 
 def _explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown field; see --help for the fields there are"
     if error["type"] == "missing":
-        return "missing; it has no default, because it decides the result"
+        instead = " (or give `preferences`)" if error["loc"] in (("prompts",), ("score",), ("prompts_per_round",)) else ""
+        return f"missing; it has no default, because it decides the result{instead}"
     got = "" if isinstance(error.get("input"), dict) else f" (got {error.get('input')!r})"
     return error["msg"].removeprefix("Value error, ") + got
 

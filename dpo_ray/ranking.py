@@ -61,6 +61,23 @@ def win_rate(
     return WinRate(float(values.mean()), float(low), float(high), ties / compared)
 
 
+class Estimate(NamedTuple):
+    """A mean with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_by_group(values: Mapping[str, Sequence[float]], bootstrap_samples: int, seed: int) -> Estimate:
+    """Mean of all values; the interval resamples whole groups, since values of one group depend on each other."""
+    sums = np.array([sum(group) for group in values.values()])
+    sizes = np.array([len(group) for group in values.values()])
+    draws = np.random.default_rng(seed).integers(0, len(sums), size=(bootstrap_samples, len(sums)))
+    low, high = np.quantile(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1), [0.025, 0.975])
+    return Estimate(float(sums.sum() / sizes.sum()), float(low), float(high))
+
+
 def describe(rows: Sequence[Row], num_completions: int) -> dict[str, float | None]:
     """Mean score, length in tokens, share cut by length, share of distinct completions, and distinct-2."""
     completions = [c for row in rows for c in row["completions"][:num_completions]]

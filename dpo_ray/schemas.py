@@ -5,7 +5,8 @@
 | PROMPTS | prompt | prompts |
 | COMPLETIONS | prompt | generate |
 | SCORED | prompt | score |
-| PREFERENCES | pair | pair |
+| COMPARISONS | pair | preferences |
+| PREFERENCES | pair | pair, ingest |
 | REFERENCED | pair | reference |
 
 Ids are content hashes; every match is by key, never by position. A field that is not nullable is never null.
@@ -59,6 +60,18 @@ _PROMPT_WITH_TOKENS = [*PROMPTS, _required("round", pa.int32()), _required("prom
 COMPLETIONS = pa.schema([*_PROMPT_WITH_TOKENS, _required("completions", pa.list_(COMPLETION))])
 SCORED = pa.schema([*_PROMPT_WITH_TOKENS, _required("completions", pa.list_(SCORED_COMPLETION))])
 
+COMPARISONS = pa.schema(
+    [
+        _required("pair_id", pa.string()),
+        _required("prompt_id", pa.string()),
+        _required("opening", pa.string()),  # hash of system prompt and first user turn
+        _required("prompt", MESSAGES),
+        _required("split", pa.string()),  # train or eval
+        pa.field("tools", pa.string()),  # JSON list for the chat template
+        _required("chosen", pa.string()),
+        _required("rejected", pa.string()),
+    ]
+)
 PREFERENCES = pa.schema(
     [
         _required("pair_id", pa.string()),

@@ -30,7 +30,29 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
 
 def round_result(metrics: dict[str, Any]) -> str:
     """The round's result in a few lines of words and figures."""
-    m = metrics
+    return sampled_result(metrics) if "win_rate" in metrics else pairs_result(metrics)
+
+
+def pairs_result(m: dict[str, Any]) -> str:
+    """What held-out pairs say."""
+    margin, margin_se = m["eval_rewards/margins"], m["eval_rewards/margins_se"]
+    lengths = [f"{m[f'mean_tokens_{side}']:.1f} tokens {side}" for side in ("chosen", "rejected")]
+    return "\n".join(
+        [
+            f"implicit reward accuracy     {m['eval_rewards/accuracies']:.3f}  (95 % interval "
+            f"{m['eval_rewards/accuracies_low']:.3f} to {m['eval_rewards/accuracies_high']:.3f}, "
+            f"{m['eval_pairs']} held-out pairs of {m['eval_conversations']} conversations)",
+            f"margin                       {_number(margin, 3)} +- {_number(margin_se, 3)}",
+            f"held-out loss                {m['eval_loss']:.4f}  (0.6931 without a preference)",
+            f"KL to the reference          {_number(m['kl'], 3)} +- {_number(m['kl_se'], 3)} nats a held-out completion "
+            f"({m['kl_per_token']:.2g} a token)",
+            f"length                       {lengths[0]}, {lengths[1]}",
+        ]
+    )
+
+
+def sampled_result(m: dict[str, Any]) -> str:
+    """What samples on held-out prompts say."""
     lines = [
         f"win rate against the start   {m['win_rate']:.3f}  (95 % interval "
         f"{m['win_rate_low']:.3f} to {m['win_rate_high']:.3f}, "

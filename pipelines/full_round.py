@@ -1,6 +1,7 @@
 """READ FIRST. One DPO round after another: what the stages are, in which order, and what each reads.
 
     prompts -> generate -> score -> pair -> reference -> train -> evaluate -> next round
+    preferences ------------------> pair
 
 Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a cluster with
 `ray job submit --working-dir . -- python pipelines/full_round.py pipelines/quickstart.yaml`. `--help` lists all fields.
@@ -17,7 +18,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing it
 
 from dpo_ray.cli import parse_arguments
-from dpo_ray.config import RunConfig
+from dpo_ray.config import PreferenceRun, Run, RunConfig
 from dpo_ray.errors import ConfigError, DpoRayError
 
 if TYPE_CHECKING:
@@ -25,38 +26,62 @@ if TYPE_CHECKING:
     from dpo_ray.stages.evaluate import Steps
 
 
-def plan(config: RunConfig) -> list[Stage]:
+def plan(config: Run) -> list[Stage]:
     """The stages of every round, in order. Making them runs nothing."""
-    from dpo_ray.stages import evaluate, generate, pair, policy, prompts, reference, score, train
+    from dpo_ray.stages import policy, reference, train
 
-    stages = [policy.stage(config, config.policy), prompts.stage(config)]
+    stages = [policy.stage(config, config.policy, config.policy_revision), data(config)]
     anchor = config.reference.policy or "initial"
     if anchor not in ("initial", "previous"):
-        stages.append(policy.stage(config, anchor, name="reference_policy"))
+        stages.append(policy.stage(config, anchor, config.reference.revision, name="reference_policy"))
     start = "policy"
     for r in range(config.rounds):
         held_by = {"initial": "policy", "previous": start}.get(anchor, "reference_policy")
-        stages += [
-            generate.stage(config, r, start, prompts.slice_of_round),
-            score.stage(config, r),
-            pair.stage(config, r),
-            reference.stage(config, r, held_by),
-            train.stage(config, r, start),
-            evaluate.stage(
-                config,
-                r,
-                start,
-                held_by,
-                generate.engine_spec(config),
-                generate.engine_needs(config.generate),
-                steps(config, r),
-            ),
-        ]
+        stages += pairs(config, r, start)
+        stages += [reference.stage(config, r, held_by), train.stage(config, r, start)]
+        stages.append(evaluation(config, r, start, held_by))
         start = f"round_{r:02d}/train"  # the next round starts from the policy that this one trained
     return stages
 
 
-def steps(config: RunConfig, round_: int) -> Steps:
+def data(config: Run) -> Stage:
+    """What all rounds take their rows from: prompts, or preferences that exist already."""
+    from dpo_ray.stages import preferences, prompts
+
+    return preferences.stage(config) if isinstance(config, PreferenceRun) else prompts.stage(config)
+
+
+def pairs(config: Run, round_: int, start: str) -> list[Stage]:
+    """The stages that end in the round's pairs."""
+    from dpo_ray.stages import generate, ingest, pair, preferences, prompts, score
+
+    if isinstance(config, PreferenceRun):
+        return [ingest.stage(config, round_, start, preferences.slice_of_round)]
+    return [
+        generate.stage(config, round_, start, prompts.slice_of_round),
+        score.stage(config, round_),
+        pair.stage(config, round_),
+    ]
+
+
+def evaluation(config: Run, round_: int, start: str, reference: str) -> Stage:
+    """The stage that says whether the round helped: on held-out prompts, or on held-out pairs."""
+    from dpo_ray.stages import evaluate, evaluate_pairs, generate, ingest, preferences
+
+    if isinstance(config, PreferenceRun):
+        block = config.preferences
+        steps = evaluate_pairs.Steps(
+            held_out=preferences.held_out,
+            ingest=lambda ds, policy: ingest.ingest(ds, policy, block, round_),
+            ingest_tasks=ingest.tasks(block),
+            ingest_config=ingest.result_config(block),
+        )
+        return evaluate_pairs.stage(config, round_, start, reference, steps)
+    engine, needs = generate.engine_spec(config), generate.engine_needs(config.generate)
+    return evaluate.stage(config, round_, start, reference, engine, needs, sampling_steps(config, round_))
+
+
+def sampling_steps(config: RunConfig, round_: int) -> Steps:
     """What evaluate does with the other stages' functions."""
     from dpo_ray.stages import evaluate, generate, pair, prompts, reference, score
 
@@ -102,7 +127,7 @@ def main() -> int:
     return 0
 
 
-def run(dry_run: bool, until: str | None, redo: list[str], config: RunConfig) -> None:
+def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
     """Print the plan, or run it and print what came of it."""
     from dpo_ray import summary  # from here on torch and ray are loaded; --help and a bad config never get here
     from dpo_ray.flow import cluster, runner, storage

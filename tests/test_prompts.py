@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_ray import prompts, schemas
+from dpo_ray import intake, schemas
 from dpo_ray.config import Prompts
 from dpo_ray.errors import ConfigError, StageError
-from dpo_ray.prompts import PromptTable, chat_messages, eval_groups, read_prompts, source_fingerprint
+from dpo_ray.intake import Intake
+from dpo_ray.prompts import chat_messages, read_prompts, source_fingerprint
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -38,7 +39,7 @@ def texts(num):
     return [{"prompt": f"question {i}"} for i in range(num)]
 
 
-def read(source, seed=0, **fields) -> PromptTable:
+def read(source, seed=0, **fields) -> Intake:
     fields = {"eval_prompts": 2, "max_dropped": 1.0} | fields
     return read_prompts(Prompts(source=str(source), **fields), seed)
 
@@ -443,7 +444,7 @@ def conversations(num):
 def test_split_and_order_do_not_depend_on_source_order_or_batches(tmp_path, monkeypatch):
     rows = conversations(40)
     forward = read(write_jsonl(tmp_path / "a.jsonl", rows), eval_prompts=15, seed=3)
-    monkeypatch.setattr(prompts, "BATCH_ROWS", 7)
+    monkeypatch.setattr(intake, "BATCH_ROWS", 7)
     backward = read(write_jsonl(tmp_path / "b.jsonl", rows[::-1]), eval_prompts=15, seed=3)
     assert forward.train.to_pylist() == backward.train.to_pylist()
     assert forward.eval.to_pylist() == backward.eval.to_pylist()
@@ -478,17 +479,6 @@ def test_split_of_a_longer_source_moves_border_groups_alone(tmp_path):
     long = read(write_jsonl(tmp_path / "b.jsonl", texts(120)), eval_prompts=20)
     assert not set(long.eval["prompt_id"].to_pylist()) & set(short.train["prompt_id"].to_pylist())
     assert len(set(long.eval["prompt_id"].to_pylist()) & set(short.eval["prompt_id"].to_pylist())) >= 10
-
-
-def test_eval_groups_takes_the_smallest_until_enough():
-    assert eval_groups(["b", "a", "a", "d", "c", "d", "d"], 3) == {"a", "b"}
-    assert eval_groups(["b", "a", "a", "d", "c", "d", "d"], 2) == {"a"}
-
-
-@pytest.mark.parametrize("groups", [["a"], ["a", "a", "a", "b"], ["a", "b", "c"]])
-def test_eval_groups_of_more_than_half_raise(groups):
-    with pytest.raises(StageError, match=r"more than half .*lower prompts.eval_prompts"):
-        eval_groups(groups, 2)
 
 
 # Fingerprint

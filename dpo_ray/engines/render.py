@@ -1,4 +1,4 @@
-"""Apply the chat template, once. Runs in the pool's RenderActor."""
+"""Apply the chat template, once: for prompts beside the engines, for existing preferences in ingest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def render(
     for row in rows:
         tools = json.loads(row["tools"]) if row["tools"] else None
         try:
-            ids = render_prompt(_tokenizer(policy), row["prompt"], tools=tools, chat_template_kwargs=dict(template_kwargs))
+            ids = render_prompt(
+                cached_tokenizer(policy), row["prompt"], tools=tools, chat_template_kwargs=dict(template_kwargs)
+            )
         except ConfigError:
             raise
         except Exception as error:  # the user's template may raise anything, on this row alone
@@ -38,7 +40,8 @@ def render(
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(policy: PolicyRef) -> Any:
+def cached_tokenizer(policy: PolicyRef) -> Any:
+    """The policy's tokenizer, loaded once a process."""
     from dpo_ray.learn.tokens import load_tokenizer
 
     return load_tokenizer(local_path(policy), policy.revision, policy.trust_remote_code)

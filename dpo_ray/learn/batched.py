@@ -28,7 +28,7 @@ def score_completions(
     device = next(model.parameters()).device
     lengths = [len(p) + len(c) for p, c in zip(prompt_token_ids, completion_token_ids, strict=True)]
     logps = [0.0] * len(lengths)
-    for rows in _token_budget(lengths, max_batch_tokens):
+    for rows in token_budget(lengths, max_batch_tokens):
         batch = collate([prompt_token_ids[i] for i in rows], [completion_token_ids[i] for i in rows], pad_token_id)
         values = completion_logps(model, batch.input_ids_ST.to(device), batch.completion_mask_ST.to(device))
         for i, value in zip(rows, values.tolist(), strict=True):
@@ -36,7 +36,8 @@ def score_completions(
     return logps
 
 
-def _token_budget(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+def token_budget(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Yield indices in batches of at most `max_batch_tokens` padded tokens, shortest first; a longer row goes alone."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):  # ascending: the newest row is the longest
         if batch and lengths[i] * (len(batch) + 1) > max_batch_tokens:

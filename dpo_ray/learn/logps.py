@@ -31,6 +31,14 @@ def completion_logps(model: PreTrainedModel, input_ids_ST: torch.Tensor, complet
     Raises:
         ValueError: a completion starts at position 0, where nothing predicts it.
     """
+    logits_SKV, targets_SK = predictions(model, input_ids_ST, completion_mask_ST)
+    return per_token_logps(logits_SKV.flatten(0, 1), targets_SK.flatten()).view_as(targets_SK).sum(1)
+
+
+def predictions(
+    model: PreTrainedModel, input_ids_ST: torch.Tensor, completion_mask_ST: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits (S, K, V) of the kept positions and the token that each predicts, IGNORED outside completions."""
     num_tokens = input_ids_ST.shape[1]
     num_before = int((completion_mask_ST.any(0).cumsum(0) == 0).sum())
     if num_before == 0:
@@ -41,10 +49,10 @@ def completion_logps(model: PreTrainedModel, input_ids_ST: torch.Tensor, complet
     # Position t predicts token t + 1; the last one predicts nothing that we have.
     targets_ST = input_ids_ST.masked_fill(~completion_mask_ST, IGNORED)
     targets_SK = functional.pad(targets_ST[:, num_tokens - num_kept + 1 :], (0, 1), value=IGNORED)
-    return _per_token_logps(logits_SKV.flatten(0, 1), targets_SK.flatten()).view_as(targets_SK).sum(1)
+    return logits_SKV, targets_SK
 
 
-def _per_token_logps(logits_RV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def per_token_logps(logits_RV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return float32 log-probabilities of `targets` (R,), 0 where ignored, without a float32 copy of all logits."""
     tiles = []
     for logits_tile, target_tile in zip(logits_RV.split(ROW_TILE), targets.split(ROW_TILE), strict=True):

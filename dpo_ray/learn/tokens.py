@@ -74,6 +74,43 @@ def render_prompt(
     return ids
 
 
+def turn_end_id(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
+    """Return the token that ends an assistant's turn: what the template writes behind it, else the tokenizer's end token.
+
+    The two differ where a base model's tokenizer got a chat template; an engine that samples meets the former.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    mark = "dpo-ray"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **(chat_template_kwargs or {})))
+    behind = tokenizer.encode(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    if behind and behind[0] in special:
+        return behind[0]
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"neither the chat template nor the tokenizer {tokenizer.name_or_path} has a token that ends an assistant's "
+            "turn; set its eos_token"
+        )
+    return cast(int, tokenizer.eos_token_id)
+
+
+def tokenize_completion(tokenizer: PreTrainedTokenizerBase, text: str, end_id: int) -> list[int]:
+    """Return the ids of a completion written outside, with one end token behind it.
+
+    The prompt's ids stay as `render_prompt` gives them, so the boundary lies where sampling would begin.
+
+    Raises:
+        ValueError: the text itself contains the end token, or a BOS token.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if end_id in ids or (tokenizer.bos_token_id is not None and tokenizer.bos_token_id in ids):
+        raise ValueError("the text contains a token that begins or ends a turn")
+    return [*ids, end_id]
+
+
 def _check_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     bos = tokenizer.bos_token_id
     if bos is None or bos not in ids[1:]:

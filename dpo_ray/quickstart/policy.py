@@ -45,7 +45,7 @@ MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},

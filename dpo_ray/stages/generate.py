@@ -60,7 +60,7 @@ def stage(
 
 def result_config(block: Generate) -> dict[str, Any]:
     """What of the block decides the result."""
-    config = block.model_dump(mode="json", exclude={"resources", "max_dropped"})
+    config = block.model_dump(mode="json", exclude={"resources", "max_dropped", "max_engine_crashes"})
     config["engine_args"] = {k: v for k, v in block.engine_args.items() if k not in SPEED_ARGS}
     return config
 

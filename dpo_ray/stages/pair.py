@@ -16,7 +16,6 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from dpo_ray.config import Pair, RunConfig
-from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, content_id
@@ -94,11 +93,6 @@ def unusable(completion: dict[str, Any], block: Pair) -> str | None:
     if completion["drop_reason"]:
         return completion["drop_reason"].split(":")[0]
     if completion["score"] is None or not math.isfinite(completion["score"]):
-        if not block.drop_non_finite:
-            raise StageError(
-                f"pair: completion {completion['completion_id']} has the score {completion['score']}; mend the scorer, or "
-                "set pair.drop_non_finite to true"
-            )
         return "non_finite_score"
     if not completion["token_ids"] or (block.drop_empty and not completion["text"].strip()):
         return "empty"  # without tokens there is nothing to train on, whatever the config says

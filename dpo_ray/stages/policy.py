@@ -11,8 +11,9 @@ from pathlib import Path
 
 import ray
 
-from dpo_ray.config import RunConfig
+from dpo_ray.config import Run
 from dpo_ray.engines.policies import model_identity
+from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn.policy_files import check_policy_directory
@@ -23,23 +24,23 @@ QUICKSTART = "quickstart"
 COMPLETE = "_complete"
 
 
-def stage(config: RunConfig, policy: str, name: str = "policy") -> Stage:
+def stage(config: Run, policy: str, revision: str | None, name: str = "policy") -> Stage:
     """Stage that resolves `policy`, which the run names as `name` (`policy`, or `reference_policy`)."""
     seed = config.seed if policy == QUICKSTART else None
     return Stage(
         name=name,
         round=None,
         version=VERSION,
-        config={"policy": policy, "revision": config.policy_revision, "seed": seed},
+        config={"policy": policy, "revision": revision, "seed": seed},
         inputs={},
-        external=lambda: {"policy": _identity(config, policy)},
+        external=lambda: {"policy": _identity(config, policy, revision)},
         needs=Needs(1, 1.0, 0.0, "policy build") if policy == QUICKSTART else Needs(),
-        run=lambda context: _resolve(config, policy, context),
+        run=lambda context: _resolve(config, policy, revision, context),
     )
 
 
-def _resolve(config: RunConfig, policy: str, context: StageContext) -> StageOutput:
-    identity = _identity(config, policy)
+def _resolve(config: Run, policy: str, revision: str | None, context: StageContext) -> StageOutput:
+    identity = _identity(config, policy, revision)
     metrics: dict[str, str | None] = {"identity": identity, "path": policy, "revision": None}
     if policy == QUICKSTART:
         metrics["path"] = _build_quickstart(config, identity)
@@ -50,17 +51,21 @@ def _resolve(config: RunConfig, policy: str, context: StageContext) -> StageOutp
     return StageOutput([], 1, 1, {}, metrics)
 
 
-def _identity(config: RunConfig, policy: str) -> str:
+def _identity(config: Run, policy: str, revision: str | None) -> str:
     """Hash of a local policy's contents, the commit of a hub policy, or the key of the quickstart build."""
     if policy == QUICKSTART:
         return policy_key(config.seed)
     directory = Path(policy).expanduser()
     if directory.is_dir():
+        if revision:
+            raise ConfigError(
+                f"policy {policy} is a directory here, so its revision {revision!r} would be ignored; take it out"
+            )
         check_policy_directory(directory)
-    return model_identity(policy, config.policy_revision)
+    return model_identity(policy, revision)
 
 
-def _build_quickstart(config: RunConfig, key: str) -> str:
+def _build_quickstart(config: Run, key: str) -> str:
     """Build the quickstart policy once per content, below the root, so that every run of that root shares it."""
     target = f"{config.root}/policies/quickstart-{key}"
     if not storage.exists(f"{target}/{COMPLETE}"):

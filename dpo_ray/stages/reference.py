@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
-from dpo_ray.config import ActorResources, RunConfig
+from dpo_ray.config import ActorResources, Run
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import Grain, run_parts, split_into_parts
@@ -25,7 +25,7 @@ VERSION = 1
 GRAIN = Grain("pair_id", "pair_id", REFERENCED)
 
 
-def stage(config: RunConfig, round_: int, reference: str) -> Stage:
+def stage(config: Run, round_: int, reference: str) -> Stage:
     """Stage of round `round_` under the policy that the stage `reference` committed."""
     block = config.reference
 
@@ -53,7 +53,7 @@ def stage(config: RunConfig, round_: int, reference: str) -> Stage:
     )
 
 
-def needs(config: RunConfig) -> Needs:
+def needs(config: Run) -> Needs:
     resources = config.reference.resources
     return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor")
 

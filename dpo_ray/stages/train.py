@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo_ray.config import RunConfig, Train
+from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
@@ -34,7 +34,7 @@ COLUMNS = (
 )
 
 
-def stage(config: RunConfig, round_: int, start: str) -> Stage:
+def stage(config: Run, round_: int, start: str) -> Stage:
     """Stage of round `round_`, starting from the policy that the stage `start` committed."""
     block = config.train
     return Stage(
@@ -52,7 +52,7 @@ def stage(config: RunConfig, round_: int, start: str) -> Stage:
     )
 
 
-def _train(config: RunConfig, round_: int, context: StageContext) -> StageOutput:
+def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -135,7 +135,7 @@ def _worker(arguments: dict[str, Any]) -> None:
 
     from dpo_ray.learn import checkpoint, dpo, logps, optim
 
-    config: RunConfig = arguments["config"]
+    config: Run = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -3,7 +3,6 @@ import math
 import pytest
 
 from dpo_ray.config import Pair, RunConfig
-from dpo_ray.errors import StageError
 from dpo_ray.schemas import content_id
 from dpo_ray.stages import pair
 from dpo_ray.stages.pair import pair_prompt
@@ -74,12 +73,6 @@ SAME = {"token_ids": [7, 8]}
 )
 def test_pair_prompt_by_hand(completions, block, wanted):
     assert pairs(pair_prompt(row(*completions), Pair(**block), seed=0)) == wanted
-
-
-@pytest.mark.parametrize("score", [None, NAN, math.inf])
-def test_pair_prompt_non_finite_score_that_may_not_be_dropped_is_a_stage_error(score):
-    with pytest.raises(StageError, match="completion b "):
-        pair_prompt(row(c("a", 1.0), c("b", score)), Pair(drop_non_finite=False), seed=0)
 
 
 def test_pair_prompt_random_is_one_pair_in_order_of_score_and_the_same_every_time():

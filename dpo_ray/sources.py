@@ -1,7 +1,7 @@
-"""Rows of a prompt source, each with its place, and the fingerprint of what the source names.
+"""Rows of a source of prompts or preferences, each with its place, and the fingerprint of what the source names.
 
-In: a .jsonl, .csv or .parquet file or glob (a local path or any pyarrow.fs URI), `datasets:<hub id or directory>`, or
-`quickstart`. Out: SourceRows, in the order of the source.
+In: a .jsonl, .csv or .parquet file or glob (a local path or any pyarrow.fs URI), or `datasets:<hub id or directory>`.
+Out: SourceRows, in the order of the source.
 Invariant: a row that cannot be parsed is a SourceRow too, with its text and a drop reason.
 """
 
@@ -24,14 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from dpo_ray.config import URI, Prompts
+from dpo_ray.config import DATASETS, URI, Source
 from dpo_ray.errors import ConfigError
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-DATASETS = "datasets:"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 BATCH_ROWS = 1024
-QUICKSTART_PROMPTS, QUICKSTART_SEED = 2048, 0  # a run's seed must not change what is held out
 
 
 class SourceRow(NamedTuple):
@@ -48,38 +46,42 @@ class SourceFile(NamedTuple):
     name: str
 
 
-def columns_to_read(config: Prompts, present: Sequence[str], source: str) -> list[str]:
+class Columns(NamedTuple):
+    """Which columns of a source are read."""
+
+    mapped: tuple[tuple[str, str], ...]
+    """(option of the configuration, column that it names); each must be there."""
+    others: bool
+    """Whether the other columns are read too."""
+    advice: str = ""
+    """What else to do where a mapped column is missing."""
+
+
+def columns_to_read(config: Source, columns: Columns, present: Sequence[str], source: str) -> list[str]:
     """Return the columns that the config maps, or all of `present`; raise if a mapped one is not there."""
-    options = [("prompt_column", config.prompt_column), ("tools_column", config.tools_column)]
-    options += [("meta_columns", name) for name in config.meta_columns or ()]
-    for option, name in options:
-        if name is not None and name not in present:
+    for option, name in columns.mapped:
+        if name not in present:
             raise ConfigError(
-                f"prompts: {source!r} has no column {name!r}, which prompts.{option} names; its columns are "
-                f"{list(present)}: set prompts.{option} to one of them"
+                f"{config.block}: {source!r} has no column {name!r}, which {config.block}.{option} names; its columns are "
+                f"{list(present)}: set {config.block}.{option} to one of them{columns.advice}"
             )
-    return list(present) if config.meta_columns is None else [c for c in present if c in {name for _, name in options}]
+    wanted = {name for _, name in columns.mapped}
+    return [name for name in present if columns.others or name in wanted]
 
 
-def source_rows(config: Prompts) -> Iterator[SourceRow]:
+def source_rows(config: Source, columns: Columns) -> Iterator[SourceRow]:
     """Yield the rows of the source, files in the order of their names."""
-    if config.source == "quickstart":
-        from dpo_ray.quickstart import reviews
-
-        for i, row in enumerate(reviews.prompts(config.num_prompts or QUICKSTART_PROMPTS, QUICKSTART_SEED)):
-            yield SourceRow(f"quickstart:row {i}", {"prompt": row["messages"], **row["meta"]})
-        return
     if config.source.startswith(DATASETS):
-        yield from _dataset_rows(config)
+        yield from _dataset_rows(config, columns)
         return
-    for file in source_files(config.source):
+    for file in source_files(config):
         try:
-            yield from _READERS[file.name.removesuffix(".gz").rsplit(".", 1)[1]](file, config)
+            yield from _READERS[file.name.removesuffix(".gz").rsplit(".", 1)[1]](file, config, columns)
         except (OSError, pa.ArrowException, csv.Error) as error:
-            raise ConfigError(f"prompts: {file.name!r} cannot be read: {error}") from error
+            raise ConfigError(f"{config.block}: {file.name!r} cannot be read: {error}") from error
 
 
-def _jsonl_rows(file: SourceFile, config: Prompts) -> Iterator[SourceRow]:
+def _jsonl_rows(file: SourceFile, config: Source, columns: Columns) -> Iterator[SourceRow]:
     with _open_text(file, newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -95,12 +97,12 @@ def _jsonl_rows(file: SourceFile, config: Prompts) -> Iterator[SourceRow]:
                 yield SourceRow(location, line.rstrip(), "malformed_json")
 
 
-def _csv_rows(file: SourceFile, config: Prompts) -> Iterator[SourceRow]:
+def _csv_rows(file: SourceFile, config: Source, columns: Columns) -> Iterator[SourceRow]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a prompt of more than 128 KB
     with _open_text(file, newline="") as lines:
         reader = csv.reader(lines)
         header = next(reader, [])
-        columns_to_read(config, header, file.name)
+        columns_to_read(config, columns, header, file.name)
         start = reader.line_num + 1
         for fields in reader:
             location, start = f"{file.name}:{start}", reader.line_num + 1
@@ -110,11 +112,11 @@ def _csv_rows(file: SourceFile, config: Prompts) -> Iterator[SourceRow]:
                 yield SourceRow(location, ",".join(fields), "malformed_csv")
 
 
-def _parquet_rows(file: SourceFile, config: Prompts) -> Iterator[SourceRow]:
+def _parquet_rows(file: SourceFile, config: Source, columns: Columns) -> Iterator[SourceRow]:
     with file.filesystem.open_input_file(file.path) as opened:
         parquet = pq.ParquetFile(opened)
-        columns = columns_to_read(config, parquet.schema_arrow.names, file.name)
-        batches = parquet.iter_batches(BATCH_ROWS, columns=columns)
+        names = columns_to_read(config, columns, parquet.schema_arrow.names, file.name)
+        batches = parquet.iter_batches(BATCH_ROWS, columns=names)
         yield from _numbered(file.name, (values for batch in batches for values in batch.to_pylist()))
 
 
@@ -130,17 +132,20 @@ def _numbered(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[SourceRow
     return (SourceRow(f"{source}:row {i}", values) for i, values in enumerate(rows))
 
 
-def source_files(source: str) -> list[SourceFile]:
+def source_files(config: Source) -> list[SourceFile]:
     """Return the files that a path, glob or URI names, in the order of their names; raise ConfigError for none."""
+    source = config.source
     try:
         files = _uri_files(source) if URI.match(source) else _local_files(source)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"prompts.source: {source!r} cannot be listed: {error}") from error
+        raise ConfigError(f"{config.block}.source: {source!r} cannot be listed: {error}") from error
     if not files:
-        raise ConfigError(f"prompts.source: {source!r} names no file (working directory {os.getcwd()}); correct the path")
+        raise ConfigError(
+            f"{config.block}.source: {source!r} names no file (working directory {os.getcwd()}); correct the path"
+        )
     for file in files:
         if not file.name.removesuffix(".gz").endswith(FORMATS):
-            raise ConfigError(f"prompts.source: {file.name!r} is none of {FORMATS}; convert it, or name files in a glob")
+            raise ConfigError(f"{config.block}.source: {file.name!r} is none of {FORMATS}; convert it, or name files in a glob")
     return files
 
 
@@ -171,63 +176,64 @@ def _uri_files(uri: str) -> list[SourceFile]:
     return files
 
 
-def _dataset_rows(config: Prompts) -> Iterator[SourceRow]:
+def _dataset_rows(config: Source, columns: Columns) -> Iterator[SourceRow]:
     import datasets  # takes seconds; only this source needs it
 
-    directory = _dataset_directory(config.source)
+    directory = _dataset_directory(config)
     try:
         if directory and any((directory / name).exists() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(str(directory))
         else:
             name = str(directory or config.source.removeprefix(DATASETS))
-            dataset = datasets.load_dataset(name, config.subset, split=config.source_split, revision=config.revision)
+            dataset = datasets.load_dataset(
+                name, config.subset, data_dir=config.data_dir, split=config.source_split, revision=config.revision
+            )
     except Exception as error:  # the library raises errors of many kinds for what it cannot find, reach or parse
-        raise ConfigError(f"prompts.source: {config.source!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"{config.block}.source: {config.source!r} cannot be loaded: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if config.source_split not in dataset:
             raise ConfigError(
-                f"prompts.source_split: {config.source!r} has no split {config.source_split!r}; it has {list(dataset)}"
+                f"{config.block}.source_split: {config.source!r} has no split {config.source_split!r}; it has {list(dataset)}"
             )
         dataset = dataset[config.source_split]
     dataset = cast(datasets.Dataset, dataset)
-    columns = columns_to_read(config, dataset.column_names, config.source)
-    batches = cast(Iterator[dict], dataset.with_format(None).select_columns(columns).iter(BATCH_ROWS))
+    names = columns_to_read(config, columns, dataset.column_names, config.source)
+    batches = cast(Iterator[dict], dataset.with_format(None).select_columns(names).iter(BATCH_ROWS))
     rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
     yield from _numbered(config.source, rows)
 
 
-def _dataset_directory(source: str) -> Path | None:
+def _dataset_directory(config: Source) -> Path | None:
     """Return the local directory of a `datasets:` source, None if it is a hub id."""
-    name = source.removeprefix(DATASETS)
+    name = config.source.removeprefix(DATASETS)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        raise ConfigError(f"prompts.source: {name!r} is a file; name it without {DATASETS!r}")
+        raise ConfigError(f"{config.block}.source: {name!r} is a file; name it without {DATASETS!r}")
     if not HUB_ID.fullmatch(name):
-        raise ConfigError(f"prompts.source: {name!r} is neither a directory (working directory {os.getcwd()}) nor a hub id")
+        raise ConfigError(
+            f"{config.block}.source: {name!r} is neither a directory (working directory {os.getcwd()}) nor a hub id"
+        )
     return None
 
 
-def source_fingerprint(config: Prompts) -> dict[str, str]:
+def source_fingerprint(config: Source) -> dict[str, str]:
     """Return a hash of each thing that the source names: sha256 of a file, commit of a hub dataset.
 
     Raises:
         ConfigError: the source does not exist, or the hub cannot be asked for the commit.
     """
-    if config.source == "quickstart":
-        path = Path(__file__).parent / "quickstart" / "reviews.py"
-        return {"dpo_ray/quickstart/reviews.py": hashlib.sha256(path.read_bytes()).hexdigest()}
     if not config.source.startswith(DATASETS):
-        return {file.name: _sha256(file) for file in source_files(config.source)}
-    directory = _dataset_directory(config.source)
+        return {file.name: _sha256(file) for file in source_files(config)}
+    directory = _dataset_directory(config)
     if directory is None:
         return {config.source.removeprefix(DATASETS): _hub_commit(config)}
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     # Hidden files and cache-*.arrow are what the library itself writes beside the data when it is used.
     data = [name for name in names if not re.search(r"(^|/)(\.|cache-[^/]*\.arrow$)", name)]
     if not data:
-        raise ConfigError(f"prompts.source: {config.source!r} is a directory without files")
+        raise ConfigError(f"{config.block}.source: {config.source!r} is a directory without files")
     return {name: _sha256(SourceFile(fs.LocalFileSystem(), str(directory / name), name)) for name in data}
 
 
@@ -239,7 +245,7 @@ def _sha256(file: SourceFile) -> str:
     return digest.hexdigest()
 
 
-def _hub_commit(config: Prompts) -> str:
+def _hub_commit(config: Source) -> str:
     if config.revision and re.fullmatch("[0-9a-f]{40}", config.revision):
         return config.revision  # a commit needs no hub: clusters without one read a cached copy
     import huggingface_hub
@@ -250,11 +256,11 @@ def _hub_commit(config: Prompts) -> str:
         return cast(str, huggingface_hub.dataset_info(name, revision=config.revision, timeout=30).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
-            f"prompts.source: the hub has no dataset {name!r} at revision {config.revision or 'main'!r} that this user "
+            f"{config.block}.source: the hub has no dataset {name!r} at revision {config.revision or 'main'!r} that this user "
             f"can read: {error}; correct the name or log in"
         ) from error
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         raise ConfigError(
-            f"prompts.source: the hub cannot be reached for the commit of {name!r}: {error}; give prompts.revision "
-            "as a full commit, or a local copy of the dataset"
+            f"{config.block}.source: the hub cannot be reached for the commit of {name!r}: {error}; give "
+            f"{config.block}.revision as a full commit, or a local copy of the dataset"
         ) from error

@@ -1,0 +1,76 @@
+"""Where stages run. No field of these is part of a fingerprint: results change by rounding at most."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator, model_validator
+
+from dpo_ray.config.block import Block
+
+
+class DataResources(Block):
+    """Where a row-wise stage runs."""
+
+    rows_per_part: int = Field(default=64, ge=1)
+    """Rows that are committed together; a kill loses at most the parts in flight."""
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of one task."""
+
+
+class ActorResources(Block):
+    """Where a stage with a loaded model runs."""
+
+    rows_per_part: int = Field(default=64, ge=1)
+    """Rows that are committed together; a kill loses at most the parts in flight."""
+    actors: int | tuple[int, int] = 1
+    """Number of model copies, or [min, max]: as many as fit, at least min."""
+    cpus: float = Field(default=1.0, ge=0)
+    """CPUs of one actor."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one actor."""
+
+    @field_validator("actors")
+    @classmethod
+    def actors_are_a_positive_range(cls, actors: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = actors if isinstance(actors, tuple) else (actors, actors)
+        if not 1 <= low <= high:
+            raise ValueError(f"got {actors}; expected a count of at least 1, or [min, max] with 1 <= min <= max")
+        return actors
+
+    @property
+    def min_actors(self) -> int:
+        return self.actors[0] if isinstance(self.actors, tuple) else self.actors
+
+    @property
+    def max_actors(self) -> int:
+        return self.actors[1] if isinstance(self.actors, tuple) else self.actors
+
+
+class EngineResources(ActorResources):
+    """Where generation engines run: one actor is one engine."""
+
+    rows_per_part: int = Field(default=256, ge=1)
+    """Prompts that are committed together. With parts_in_flight and num_completions it should hold more sequences than the
+    engine runs at a time (vLLM: 256 on CPU, up to 1024 on a GPU), else the engine waits at the end of every part."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Devices that one engine spans, all on one node. With GPUs, `gpus` must equal it."""
+    parts_in_flight: int = Field(default=4, ge=1)
+    """Parts that one engine works on at a time, so that the tail of one overlaps the next and the engine is never idle."""
+
+    @model_validator(mode="after")
+    def gpus_match_tensor_parallel(self) -> EngineResources:
+        if self.gpus > 1 and self.gpus != self.tensor_parallel:
+            raise ValueError(f"gpus={self.gpus:g} but tensor_parallel={self.tensor_parallel}; an engine uses one GPU a shard")
+        if 0 < self.gpus <= 1 < self.tensor_parallel:
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs gpus={self.tensor_parallel}, got {self.gpus:g}")
+        return self
+
+
+class TrainResources(Block):
+    """Where training runs."""
+
+    workers: int = Field(default=1, ge=1)
+    """Ray Train workers, one process each; FSDP2 shards the policy over all of them."""
+    cpus: float = Field(default=1.0, gt=0)
+    """CPUs of one worker."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of one worker (0 or 1)."""

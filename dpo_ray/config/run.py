@@ -1,0 +1,115 @@
+"""The configuration of a run, shaped like the pipeline: on prompts (`RunConfig`), or on preferences (`PreferenceRun`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from dpo_ray.config.block import URI, Block
+from dpo_ray.config.data import Preferences, Prompts
+from dpo_ray.config.stages import Evaluate, EvaluatePairs, Generate, Pair, Reference, Score, Train
+
+
+class RunBlock(Block):
+    """What every run has, wherever its pairs come from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The run's directory under root."""
+    root: str
+    """Absolute path (`~` is expanded) or URI (s3://, gs://) that every node of the cluster sees."""
+    policy: str
+    """What round 0 starts from: a hub id, a local directory, or `quickstart`."""
+    policy_revision: str | None = None
+    """Commit or tag of a hub policy."""
+    trust_remote_code: bool = False
+    """Run Python code that a model repository brings along."""
+    seed: int = 0
+    rounds: int = Field(default=1, ge=1)
+    reference: Reference = Reference()
+    train: Train
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def reference_policy_alone_is_short_for_the_block(cls, value: Any) -> Any:
+        return {"policy": value} if isinstance(value, str) else value
+
+    @field_validator("root")
+    @classmethod
+    def root_is_absolute_or_uri(cls, root: str) -> str:
+        if URI.match(root):
+            return root.rstrip("/")
+        path = os.path.expanduser(root)
+        if not os.path.isabs(path):
+            raise ValueError(
+                f"got {root!r}; expected an absolute path or a URI, because Ray workers and submitted jobs run in other "
+                "directories"
+            )
+        return path.rstrip("/")
+
+    @model_validator(mode="after")
+    def several_rounds_name_their_reference(self) -> RunBlock:
+        if self.rounds > 1 and self.reference.policy is None:
+            raise ValueError(
+                f"rounds={self.rounds} needs `reference: initial | previous | <path>`: whether the anchor stays at the "
+                "initial policy or moves each round decides the result"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def revisions_belong_to_hub_policies(self) -> RunBlock:
+        if self.policy_revision and (self.policy == "quickstart" or self.policy.startswith(("/", "./", "../", "~"))):
+            raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
+        return self
+
+    @property
+    def directory(self) -> str:
+        return f"{self.root}/{self.name}"
+
+
+class RunConfig(RunBlock):
+    """A policy and prompts taken through one or more DPO rounds."""
+
+    prompts_per_round: int = Field(ge=1)
+    """Each round takes its own slice of one fixed permutation of the training prompts."""
+    prompts: Prompts
+    generate: Generate = Generate()
+    score: Score
+    pair: Pair = Pair()
+    evaluate: Evaluate = Evaluate()
+
+
+class PreferenceRun(RunBlock):
+    """A policy and existing preferences taken through one or more DPO rounds, without generation or scorer."""
+
+    pairs_per_round: int | None = Field(default=None, ge=1)
+    """Each round takes its own slice of one fixed permutation of the training pairs; None takes all, for one round."""
+    preferences: Preferences
+    evaluate: EvaluatePairs = EvaluatePairs()
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_is_sampled_or_scored(cls, tree: Any) -> Any:
+        ignored = [n for n in ("prompts", "prompts_per_round", "generate", "score", "pair") if n in tree]
+        if ignored:
+            raise ValueError(
+                f"{', '.join(ignored)} would be ignored: a run with `preferences` samples and scores nothing; take out these "
+                "or `preferences`"
+            )
+        return tree
+
+    @model_validator(mode="after")
+    def several_rounds_share_the_pairs(self) -> PreferenceRun:
+        if self.rounds > 1 and self.pairs_per_round is None:
+            raise ValueError(f"rounds={self.rounds} needs pairs_per_round; without it the first round takes every pair")
+        return self
+
+
+Run = RunConfig | PreferenceRun
+
+
+def run_class(tree: Mapping[str, Any]) -> type[RunConfig] | type[PreferenceRun]:
+    """Which of the two a YAML mapping describes."""
+    return PreferenceRun if "preferences" in tree else RunConfig

@@ -1,0 +1,216 @@
+"""What each stage of a round does, one block a stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dpo_ray.config.block import Block, Dtype
+from dpo_ray.config.resources import ActorResources, DataResources, EngineResources, TrainResources
+
+
+class Sampling(Block):
+    """Sampling parameters; every one is explicit, a model's generation_config.json changes none of them."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps all tokens."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Length limit of a completion; one that reaches it has finish_reason `length` and no end token."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """More end tokens than the model's own."""
+
+
+class Generate(Block):
+    """Sample completions with one vLLM engine per actor."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    """`hf` is the fallback where vLLM has no wheel: the same rows, slower."""
+    num_completions: int = Field(default=2, ge=2)
+    """Completions of each prompt (K)."""
+    sampling: Sampling = Sampling()
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """A longer prompt is quarantined, never cut."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking: false}."""
+    dtype: Dtype = "bfloat16"
+    """Compute type of the engine."""
+    deterministic: bool = False
+    """Run closed parts one at a time on each engine, so that the same config gives the same bytes. Slower."""
+    sampler_logps: bool = False
+    """Keep the engine's own log-probability of each completion (a diagnostic; never used as reference)."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the engine as they are, e.g. {gpu_memory_utilization: 0.85, enforce_eager: true}."""
+    max_engine_crashes: int = Field(default=2, ge=1)
+    """A prompt that crashes its engine this often, alone, is quarantined."""
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
+    """The stage fails when more than this share of its rows is quarantined."""
+    resources: EngineResources = EngineResources()
+
+    @model_validator(mode="after")
+    def hf_engine_has_no_frequency_penalties(self) -> Generate:
+        if self.engine == "hf" and (self.sampling.presence_penalty or self.sampling.frequency_penalty):
+            raise ValueError("engine `hf` knows no presence_penalty or frequency_penalty; use `vllm`, or leave them at 0")
+        return self
+
+    @model_validator(mode="after")
+    def hf_engine_has_no_options_of_vllm(self) -> Generate:
+        ignored = [*self.changed("engine_args", "deterministic"), *self.resources.changed("tensor_parallel")]
+        if self.engine == "hf" and ignored:
+            raise ValueError(
+                f"{', '.join(ignored)} would be ignored: engine `hf` draws each sample alone, from its own seed, on one "
+                "device; take them out, or use `vllm`"
+            )
+        return self
+
+
+class FunctionScore(Block):
+    """Score with a Python function: `score(rows: list[dict]) -> list[float]`."""
+
+    kind: Literal["function"]
+    function: str
+    """`package.module:name` or `path/to/file.py:name`; called with rows of prompt, completion, meta, finish_reason."""
+    reasoning_end: str | None = None
+    """Give the function the completion after the last such marker (e.g. `</think>`), without the reasoning part."""
+    drop_non_finite: bool = False
+    """Drop completions whose score is NaN or infinite; else such a score is an error."""
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
+    """The stage fails when more than this share of the completions cannot be scored."""
+    resources: DataResources = DataResources()
+
+
+class RewardModelScore(Block):
+    """Score with a Hugging Face sequence-classification model of one label."""
+
+    kind: Literal["reward_model"]
+    model: str
+    """Hub id or local directory."""
+    revision: str | None = None
+    reasoning_end: str | None = None
+    """Score the completion after the last such marker (e.g. `</think>`), without the reasoning part."""
+    max_tokens: int = Field(default=4096, ge=1)
+    """A longer conversation is dropped by reason, never cut."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens of one forward."""
+    dtype: Dtype = "bfloat16"
+    drop_non_finite: bool = False
+    """Drop completions whose score is NaN or infinite; else such a score is an error."""
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
+    """The stage fails when more than this share of the completions cannot be scored."""
+    resources: ActorResources = ActorResources()
+
+
+Score = Annotated[FunctionScore | RewardModelScore, Field(discriminator="kind")]
+
+
+class Pair(Block):
+    """Choose chosen and rejected among the scored completions of a prompt."""
+
+    method: Literal["best_worst", "random", "all_above_gap"] = "best_worst"
+    """Best against worst, one random pair ordered by score, or every pair whose score gap is at least min_gap."""
+    min_gap: float = Field(default=0.0, ge=0)
+    """Smallest score gap of a pair."""
+    drop_ties: bool = True
+    """Drop pairs of equal score; else the earlier sample is the chosen one."""
+    drop_identical: bool = True
+    """Drop pairs whose token ids are equal."""
+    drop_empty: bool = True
+    """Drop completions without visible text."""
+    drop_length_cut: bool = True
+    """Drop completions cut by the length limit."""
+    resources: DataResources = DataResources()
+
+    @model_validator(mode="after")
+    def ties_are_kept_or_a_gap_is_asked_for(self) -> Pair:
+        if self.min_gap and not self.drop_ties:
+            raise ValueError(
+                f"drop_ties=false would be ignored: min_gap={self.min_gap:g} drops every tie; take out one of them"
+            )
+        return self
+
+
+class Reference(Block):
+    """Log-probabilities of chosen and rejected under the frozen reference. `reference: initial` is short for its policy."""
+
+    policy: str | None = None
+    """`initial`, `previous` (the policy that the round starts from), a hub id or a directory."""
+    revision: str | None = None
+    """Commit or tag of a hub policy that is named here."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens of one forward."""
+    resources: ActorResources = ActorResources()
+
+    @model_validator(mode="after")
+    def revision_belongs_to_a_hub_policy(self) -> Reference:
+        named = self.policy not in (None, "initial", "previous") and not str(self.policy).startswith(("/", "./", "../", "~"))
+        if self.revision and not named:
+            raise ValueError(f"revision would be ignored: reference policy {self.policy!r} is no hub id; take it out")
+        return self
+
+
+class Train(Block):
+    """DPO with FSDP2 on Ray Train."""
+
+    loss: Literal["sigmoid"] = "sigmoid"
+    beta: float = Field(gt=0)
+    """Strength of the pull to the reference (Eq. 7, arXiv:2305.18290)."""
+    learning_rate: float = Field(gt=0)
+    global_batch_size: int = Field(default=64, ge=1)
+    """Pairs of one optimizer step, over all workers and micro-batches."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens (chosen and rejected) of one micro-batch; gradients accumulate to the global batch."""
+    epochs: int = Field(default=1, ge=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to 0 after the warmup, or stays."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Not applied to norms and biases."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    dtype: Dtype = "bfloat16"
+    """Compute type, of the reference stage too; master weights and log-softmax are float32."""
+    activation_checkpointing: bool = False
+    checkpoint_steps: int = Field(default=100, ge=1)
+    """Steps between two checkpoints for resume."""
+    resources: TrainResources = TrainResources()
+
+    @model_validator(mode="after")
+    def global_batch_divides_over_workers(self) -> Train:
+        if self.global_batch_size % self.resources.workers:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} does not divide over workers={self.resources.workers}; "
+                "choose a multiple, so that no worker idles in a step"
+            )
+        return self
+
+
+class Evaluate(Block):
+    """Held-out prompts: the new policy against the one that the round started from."""
+
+    sampling: Sampling | None = None
+    """None: as in generate."""
+    num_completions: int = Field(default=1, ge=1)
+    """Completions of each held-out prompt that are compared."""
+    best_of: int = Field(default=1, ge=1)
+    """Completions of each held-out prompt from the starting policy, to report the mean of the best of them."""
+    bootstrap_samples: int = Field(default=2000, ge=100)
+    """Resamples of the prompts for the 95 % intervals."""
+    resources: DataResources = DataResources()
+
+
+class EvaluatePairs(Block):
+    """Held-out pairs: implicit-reward accuracy, margins and KL of the new policy; nothing is sampled."""
+
+    bootstrap_samples: int = Field(default=2000, ge=100)
+    """Resamples of the conversations for the 95 % interval."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Padded tokens of one forward."""
+    resources: ActorResources = ActorResources()
