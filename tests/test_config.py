@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_ray.cli import load_config
-from dpo_ray.config import ActorResources, EngineResources, Generate, RunConfig
+from dpo_ray.config import ActorResources, EngineResources, Generate, PreferenceRun, RunConfig, run_class
 
 PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
 
@@ -220,3 +220,71 @@ def test_config_is_frozen():
     config = RunConfig.model_validate(minimal())
     with pytest.raises(ValidationError):
         config.train.beta = 0.5  # type: ignore[misc]
+
+
+# A run on existing preferences
+
+
+def minimal_preferences() -> dict[str, Any]:
+    return {
+        "name": "run",
+        "root": "/data",
+        "policy": "some/policy",
+        "preferences": {"kind": "explicit", "source": "pairs.jsonl"},
+        "train": {"beta": 0.1, "learning_rate": 1e-5},
+    }
+
+
+def test_preference_run_is_chosen_by_its_block():
+    assert run_class(minimal_preferences()) is PreferenceRun
+    assert run_class(minimal()) is RunConfig
+    assert PreferenceRun.model_validate(minimal_preferences()).pairs_per_round is None
+
+
+@pytest.mark.parametrize("block", ["prompts", "prompts_per_round", "generate", "score", "pair"])
+def test_preference_run_refuses_what_would_sample_or_score(block):
+    with pytest.raises(ValidationError, match=f"{block} would be ignored"):
+        PreferenceRun.model_validate(minimal_preferences() | {block: {}})
+
+
+def test_preference_run_of_several_rounds_needs_pairs_per_round():
+    tree = minimal_preferences() | {"rounds": 2, "reference": "initial"}
+    with pytest.raises(ValidationError, match="pairs_per_round"):
+        PreferenceRun.model_validate(tree)
+    assert PreferenceRun.model_validate(tree | {"pairs_per_round": 4}).rounds == 2
+
+
+# Options that another one leaves without effect
+
+
+@pytest.mark.parametrize(
+    ("fields", "option"),
+    [
+        ({"prompts": {"source": "a.jsonl", "subset": "main"}}, "subset"),
+        ({"prompts": {"source": "a.jsonl", "source_split": "test"}}, "source_split"),
+        ({"prompts": {"source": "quickstart", "revision": "v1"}}, "revision"),
+        ({"policy": "quickstart", "policy_revision": "v1"}, "policy_revision"),
+        ({"policy": "/models/mine", "policy_revision": "v1"}, "policy_revision"),
+        ({"reference": {"policy": "initial", "revision": "v1"}}, "revision"),
+        ({"reference": {"policy": "/models/anchor", "revision": "v1"}}, "revision"),
+        ({"generate": {"engine": "hf", "deterministic": True}}, "deterministic"),
+        ({"generate": {"engine": "hf", "engine_args": {"max_num_seqs": 8}}}, "engine_args"),
+        ({"generate": {"engine": "hf", "resources": {"tensor_parallel": 2}}}, "tensor_parallel"),
+        ({"pair": {"min_gap": 0.5, "drop_ties": False}}, "drop_ties"),
+    ],
+)
+def test_config_option_that_another_disables_is_refused(fields, option):
+    with pytest.raises(ValidationError, match=f"{option}.* would be ignored"):
+        RunConfig.model_validate(minimal() | fields)
+
+
+def test_config_revisions_of_hub_names_are_taken():
+    config = RunConfig.model_validate(
+        minimal()
+        | {
+            "policy_revision": "v1",
+            "reference": {"policy": "org/anchor", "revision": "v2"},
+            "prompts": {"source": "datasets:org/data", "revision": "v3", "source_split": "test", "subset": "main"},
+        }
+    )
+    assert (config.policy_revision, config.reference.revision, config.prompts.revision) == ("v1", "v2", "v3")

@@ -5,7 +5,14 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.learn.tokens import collate, load_tokenizer, pad_token_id, render_prompt
+from dpo_ray.learn.tokens import (
+    collate,
+    load_tokenizer,
+    pad_token_id,
+    render_prompt,
+    tokenize_completion,
+    turn_end_id,
+)
 
 from . import tiny
 
@@ -117,3 +124,41 @@ def test_collate_takes_arrow_and_numpy_vectors():
 def test_collate_refuses_an_empty_side(prompt, completion):
     with pytest.raises(ValueError, match="sequence 1"):
         collate([[5], prompt], [[6], completion], pad_token_id=0)
+
+
+# Completions written outside
+
+
+QWEN_LIKE = (
+    "{% for m in messages %}{{ 'user ' if m['role'] == 'user' else 'assistant ' }}{{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
+def test_turn_end_is_what_the_template_writes_behind_an_answer():
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.eos_token = "<pad>"  # as a base model's: its end of text is no end of turn
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<eos>"]})
+    tokenizer.chat_template = QWEN_LIKE
+    assert turn_end_id(tokenizer) == tiny.EOS
+
+
+def test_turn_end_of_a_template_without_one_is_the_tokenizers():
+    assert turn_end_id(tiny.build_tokenizer()) == tiny.EOS
+
+
+def test_turn_end_of_neither_is_a_config_error():
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="eos_token"):
+        turn_end_id(tokenizer)
+
+
+def test_tokenize_completion_puts_one_end_behind_it():
+    assert tokenize_completion(tiny.build_tokenizer(), "w7 w8", tiny.EOS) == [7, 8, tiny.EOS]
+
+
+@pytest.mark.parametrize("text", ["w7 <eos> w8", "w7 <eos>", "<bos> w7"])
+def test_tokenize_completion_that_holds_a_turn_of_its_own_raises(text):
+    with pytest.raises(ValueError, match="begins or ends a turn"):
+        tokenize_completion(tiny.build_tokenizer(), text, tiny.EOS)
