@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_ray.config import RunConfig
+from dpo_ray.config import PreferenceRun, RunConfig
 from dpo_ray.errors import ConfigError
 from pipelines import full_round
 
-from .test_config import minimal
+from .test_config import minimal, minimal_preferences
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "pipelines/full_round.py")
@@ -22,6 +22,10 @@ ORDER = ["generate", "score", "pair", "reference", "train", "evaluate"]
 def plan(**fields):
     tree = minimal() | fields
     return full_round.plan(RunConfig.model_validate(tree))
+
+
+def preference_plan(**fields):
+    return full_round.plan(PreferenceRun.model_validate(minimal_preferences() | fields))
 
 
 def by_key(stages):
@@ -75,6 +79,35 @@ def test_plan_more_rounds_change_no_earlier_stage():
     assert {k: (s.config, s.inputs, s.version) for k, s in one.items()} == {
         k: (three[k].config, three[k].inputs, three[k].version) for k in one
     }
+
+
+def test_plan_on_preferences_enters_at_pair():
+    stages = preference_plan(rounds=2, reference="initial", pairs_per_round=4)
+    of_round = ["pair", "reference", "train", "evaluate"]
+    assert [s.key for s in stages] == [
+        "policy", "preferences", *[f"round_{r:02d}/{name}" for r in (0, 1) for name in of_round]
+    ]  # fmt: skip
+    done = set()
+    for stage in stages:
+        assert set(stage.inputs.values()) <= done, stage.key
+        done.add(stage.key)
+    assert not any(stage.engine for stage in stages), "nothing is sampled"
+
+
+@pytest.mark.parametrize(
+    ("block", "changed"),
+    [
+        ({"max_tokens": 99}, ["pair", "evaluate"]),
+        ({"label_source": "judge"}, ["pair", "evaluate"]),
+        ({"eval_pairs": 9}, ["preferences"]),
+        ({"system_prompt": "Be brief."}, ["preferences"]),
+        ({"max_dropped": 0.5, "resources": {"rows_per_part": 8}}, []),
+    ],
+)
+def test_plan_on_preferences_what_decides_a_result_changes_the_stages_that_it_decides(block, changed):
+    given = minimal_preferences()["preferences"]
+    before, after = preference_plan(), preference_plan(preferences=given | block)
+    assert [b.name for b, a in zip(before, after, strict=True) if b.config != a.config] == changed
 
 
 def changed_stages(**fields):

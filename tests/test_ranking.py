@@ -3,7 +3,7 @@ import math
 import pytest
 
 from dpo_ray.errors import StageError
-from dpo_ray.ranking import best_of, describe, distinct_2, mean_and_error, scores_by_prompt, win_rate
+from dpo_ray.ranking import best_of, describe, distinct_2, mean_and_error, mean_by_group, scores_by_prompt, win_rate
 
 NAN = math.nan
 
@@ -119,3 +119,11 @@ def test_mean_and_error_by_hand_and_of_too_few():
     assert mean_and_error([2.0])[0] == 2.0
     assert mean_and_error([2.0])[1] is None
     assert mean_and_error([]) == (None, None)
+
+
+def test_mean_by_group_is_over_values_and_its_interval_over_groups():
+    """Groups of one, of three and of two: 4 of 6. With one group every resample is the same."""
+    found = mean_by_group({"a": [1.0], "b": [1.0, 1.0, 0.0], "c": [0.0, 1.0]}, 500, seed=0)
+    assert found.value == pytest.approx(4 / 6)
+    assert found.low < found.value < found.high
+    assert mean_by_group({"a": [1.0, 0.0]}, 100, seed=0) == (0.5, 0.5, 0.5)

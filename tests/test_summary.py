@@ -83,3 +83,23 @@ def test_round_result_adds_a_line_for_what_was_also_measured(extra, figure):
     plain, more = summary.round_result(METRICS), summary.round_result(METRICS | extra)
     assert len(more.splitlines()) == len(plain.splitlines()) + 1
     assert figure in more
+
+
+def test_round_result_of_held_out_pairs_gives_the_accuracy_with_its_interval():
+    metrics = {
+        "eval_pairs": 32,
+        "eval_conversations": 30,
+        "eval_loss": 0.5,
+        "eval_rewards/accuracies": 0.8125,
+        "eval_rewards/accuracies_low": 0.625,
+        "eval_rewards/accuracies_high": 0.9375,
+        "eval_rewards/margins": 0.25,
+        "eval_rewards/margins_se": None,
+        "kl": 1.5,
+        "kl_se": 0.125,
+        "kl_per_token": 0.01,
+        "mean_tokens_chosen": 20.0,
+        "mean_tokens_rejected": 30.0,
+    }
+    text = summary.round_result(metrics)
+    assert all(figure in text for figure in ("0.812", "0.625 to 0.938", "32 held-out pairs", "0.250 +- n/a", "1.500 +- 0.125"))
