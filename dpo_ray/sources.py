@@ -188,6 +188,10 @@ def _dataset_rows(config: Source, columns: Columns) -> Iterator[SourceRow]:
             dataset = datasets.load_dataset(
                 name, config.subset, data_dir=config.data_dir, split=config.source_split, revision=config.revision
             )
+    except IndexError as error:  # the library's own, from joining no files
+        raise ConfigError(
+            f"{config.block}.source: {config.source!r} has a split without rows, which `datasets` cannot load; leave it out"
+        ) from error
     except Exception as error:  # the library raises errors of many kinds for what it cannot find, reach or parse
         raise ConfigError(f"{config.block}.source: {config.source!r} cannot be loaded: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):

@@ -124,15 +124,20 @@ def main() -> int:
     except DpoRayError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is committed is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
 def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
     """Print the plan, or run it and print what came of it."""
     from dpo_ray import summary  # from here on torch and ray are loaded; --help and a bad config never get here
-    from dpo_ray.flow import cluster, runner, storage
+    from dpo_ray.flow import cluster, runner, storage, versions
     from dpo_ray.flow.progress import Progress
 
+    for line in versions.untested(versions.library_versions()):
+        print(f"warning: {line}", file=sys.stderr)
     stages = cut(plan(config), until, redo)
     outcomes = runner.finished(stages, config.directory, redo)
     if outcomes is None or dry_run:

@@ -70,12 +70,18 @@ def check_fits(stage: str, needs: Needs) -> None:
     if not needs.count:
         return
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    have = "; ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
     fitting = sum(_bundles_on(node, needs) for node in nodes)
     if fitting < needs.count:
-        have = "; ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
         raise ResourceError(
             f"{stage} needs {needs}, but only {fitting} fit on this cluster (nodes: {have}). "
             f"Lower `resources` of {stage}, or add nodes"
+        )
+    left = sum(n.get("CPU", 0) for n in nodes) - needs.count * needs.cpus
+    if left < needs.beside:
+        raise ResourceError(
+            f"{stage} needs {needs} and {needs.beside:g} CPU for the tasks that feed it, but only {left:g} CPU would be left "
+            f"on this cluster (nodes: {have}). Lower `resources` of {stage}, or add nodes"
         )
 
 

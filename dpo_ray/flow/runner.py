@@ -40,13 +40,13 @@ class Outcome:
     skipped: bool
 
 
-def identity(stage: Stage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def identity(stage: Stage, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> dict[str, Any]:
     """Everything that the fingerprint of a stage is the hash of."""
     return {
         "version": stage.version,
         "config": dict(stage.config),
         "inputs": {role: artifact.manifest.output_hash for role, artifact in inputs.items()},
-        "external": dict(stage.external()),
+        "external": dict(external),
     }
 
 
@@ -95,7 +95,7 @@ def plan_actions(stages: Sequence[Stage], root: str, redo: Collection[str]) -> l
         if read_artifact(directory) is None:
             action = Action.RUN  # without asking for the identity of what it names: the hub may be out of reach here
         else:
-            action = decide(stage, directory, identity(stage, inputs), redo=_asked_again(stage, redo))
+            action = decide(stage, directory, identity(stage, inputs, stage.external()), redo=_asked_again(stage, redo))
         actions.append((stage, action))
         artifact = read_artifact(directory)
         if action is Action.SKIP and artifact:
@@ -108,6 +108,7 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
 
     Raises:
         StaleArtifactError: a committed stage has other settings.
+        ConfigError: a scorer, policy or source that any stage names cannot be used; nothing has run then.
         ResourceError: a stage does not fit the cluster, or did not give back what it held.
         StageError: a stage failed; what it committed is kept, and the same command goes on from there.
     """
@@ -116,9 +117,11 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
     lease = Lease(root)
     holder = _EngineHolder()
     try:
+        # All of them before the first stage runs: a scorer that does not import must not be found after generation.
+        external = {stage.key: stage.external() for stage in stages}
         for stage in stages:
             inputs = {role: artifacts[key] for role, key in stage.inputs.items()}
-            wanted = identity(stage, inputs)
+            wanted = identity(stage, inputs, external[stage.key])
             directory = f"{root}/{stage.key}"
             action = decide(stage, directory, wanted, redo=_asked_again(stage, redo))
             artifact = read_artifact(directory) if action is Action.SKIP else None
@@ -126,6 +129,7 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
                 if action is Action.REDO:
                     supersede(root, stage.key)
                 artifact = _run_stage(stage, directory, wanted, inputs, holder, progress, lease)
+            stage.check(artifact)
             artifacts[stage.key] = artifact
             outcomes.append(Outcome(stage, artifact, skipped=action is Action.SKIP))
             progress.stage_done(stage.key, artifact.manifest, skipped=action is Action.SKIP)

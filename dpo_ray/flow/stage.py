@@ -18,6 +18,8 @@ class Needs:
     gpus: float = 0.0
     what: str = ""
     """What one bundle is, for messages: `engine`, `train worker`."""
+    beside: float = 0.0
+    """CPUs of the Ray Data tasks that must find room beside the bundles; without it they would wait for ever."""
 
     def __str__(self) -> str:
         if not self.count:
@@ -97,6 +99,8 @@ class Stage:
     external: Callable[[], Mapping[str, str]] = dict
     """Content hashes of what the config names outside the run: source files, local models, hub commits."""
     needs: Needs = Needs()
+    check: Callable[[Artifact], object] = id
+    """Called with the committed stage, run or skipped; raises when what it holds is not enough for the plan."""
     engine: EngineSpec | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     """Recorded in the manifest, in no fingerprint."""

@@ -66,7 +66,7 @@ def stage(config: PreferenceRun, round_: int, start: str, reference: str, steps:
             "reference": reference,
         },
         run=lambda context: _evaluate(config, context, steps),
-        needs=Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "evaluation actor"),
+        needs=Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "evaluation actor", beside=0.25),
         resources=block.resources.model_dump(mode="json"),
     )
 

@@ -66,7 +66,7 @@ def result_config(block: Generate) -> dict[str, Any]:
 
 
 def engine_needs(block: Generate) -> Needs:
-    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "engine")
+    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "engine", beside=0.25)
 
 
 def engine_spec(config: RunConfig) -> EngineSpec:

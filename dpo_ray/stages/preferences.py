@@ -33,6 +33,7 @@ def stage(config: PreferenceRun) -> Stage:
         inputs={},
         external=lambda: source_fingerprint(block),
         needs=Needs(1, block.resources.cpus, 0.0, "reader"),
+        check=lambda artifact: check_enough(artifact, config),  # before any round is paid for
         resources=block.resources.model_dump(mode="json"),
         run=lambda context: _read(config, context),
     )

@@ -29,6 +29,7 @@ def stage(config: RunConfig) -> Stage:
         inputs={},
         external=lambda: source_fingerprint(config.prompts),
         needs=Needs(1, resources.cpus, 0.0, "reader"),
+        check=lambda artifact: slice_of_round(artifact, config, config.rounds - 1),  # before any round is paid for
         resources=resources.model_dump(mode="json"),
         run=lambda context: _read(config, context),
     )

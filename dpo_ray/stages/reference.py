@@ -55,7 +55,7 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
 
 def needs(config: Run) -> Needs:
     resources = config.reference.resources
-    return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor")
+    return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor", beside=0.25)
 
 
 def add_logps(

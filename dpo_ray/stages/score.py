@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
 from dpo_ray.config import FunctionScore, RewardModelScore, RunConfig
+from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import Grain, Tasks, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import SCORED, SCORED_COMPLETION
 from dpo_ray.scorers.function import call, function_sources, load_function
 
 VERSION = 1
+DROPPED = "dropped_completions/"
 GRAIN = Grain("prompt_id", "prompt_id", SCORED)
 Judgement = tuple[float | None, str | None]  # score, drop reason
 
@@ -29,16 +32,17 @@ def stage(config: RunConfig, round_: int) -> Stage:
 
     def run(context: StageContext) -> StageOutput:
         parts = split_into_parts(context.inputs["completions"], block.resources.rows_per_part)
-        return run_parts(
+        output = run_parts(
             lambda ds: score(ds, block, config.trust_remote_code),
             parts,
             context,
             GRAIN,
             stage="score",
             ends=tasks(block),
-            max_dropped=block.max_dropped,
             count=count_scores,
         )
+        check_dropped(output.metrics, block.max_dropped)
+        return output
 
     return Stage(
         name="score",
@@ -70,7 +74,24 @@ def sources(block: FunctionScore | RewardModelScore) -> dict[str, str]:
 def needs(block: FunctionScore | RewardModelScore) -> Needs:
     if isinstance(block, FunctionScore):
         return Needs(1, block.resources.cpus, 0.0, "scorer task")
-    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "reward model")
+    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "reward model", beside=0.25)
+
+
+def check_dropped(counters: Mapping[str, float], max_dropped: float) -> None:
+    """Raise when more than `max_dropped` of the completions could not be scored.
+
+    Raises:
+        StageError: with the counts by reason.
+    """
+    dropped = {k.removeprefix(DROPPED): int(n) for k, n in counters.items() if k.startswith(DROPPED)}
+    lost = sum(dropped.values())
+    if lost > max_dropped * (counters["completions"] + lost):
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
+        raise StageError(
+            f"score: {lost} of {int(counters['completions']) + lost} completions could not be scored ({reasons}), more than "
+            f"the allowed share of {max_dropped:g}; the error is in their drop_reason, in the stage's parts. Mend the scorer, "
+            "or raise score.max_dropped"
+        )
 
 
 def score(ds: Dataset, block: FunctionScore | RewardModelScore, trust_remote_code: bool = False) -> Dataset:
@@ -78,7 +99,7 @@ def score(ds: Dataset, block: FunctionScore | RewardModelScore, trust_remote_cod
     if isinstance(block, FunctionScore):
         judge = functools.partial(_judge_by_function, block=block)
         return ds.map_batches(
-            functools.partial(_score_table, judge=judge, reasoning_end=block.reasoning_end),
+            functools.partial(_score_table, judge=judge, block=block),
             **Tasks(block.resources.cpus).options(),
         )
     return ds.map_batches(
@@ -103,7 +124,7 @@ def count_scores(table: pa.Table) -> dict[str, float]:
     for completions in table["completions"].to_pylist():
         for completion in completions:
             if completion["drop_reason"]:
-                reason = f"dropped_completions/{completion['drop_reason'].split(':')[0]}"
+                reason = DROPPED + completion["drop_reason"].split(":")[0]
                 counters[reason] = counters.get(reason, 0.0) + 1
             elif completion["score"] is not None and completion["score"] == completion["score"]:
                 counters["completions"] += 1
@@ -112,7 +133,9 @@ def count_scores(table: pa.Table) -> dict[str, float]:
 
 
 def _score_table(
-    table: pa.Table, judge: Callable[[list[dict[str, Any]]], list[Judgement]], reasoning_end: str | None
+    table: pa.Table,
+    judge: Callable[[list[dict[str, Any]]], list[Judgement]],
+    block: FunctionScore | RewardModelScore,
 ) -> pa.Table:
     rows, places = [], []
     prompts = table.select(["prompt_id", "prompt", "meta"]).to_pylist()
@@ -121,7 +144,7 @@ def _score_table(
         meta = json.loads(p["meta"]) if p["meta"] else {}
         for sample in samples:
             if sample["drop_reason"] is None:
-                text = _answer(sample["text"], reasoning_end)
+                text = _answer(sample["text"], block.reasoning_end)
                 rows.append(
                     {
                         "prompt_id": p["prompt_id"],
@@ -133,10 +156,24 @@ def _score_table(
                 )
                 places.append(sample)
             sample["score"] = None
-    for sample, (value, reason) in zip(places, judge(rows) if rows else [], strict=True):
-        sample["score"], sample["drop_reason"] = value, reason
+    for row, sample, judged in zip(rows, places, judge(rows) if rows else [], strict=True):
+        sample["score"], sample["drop_reason"] = _finite(judged, row, sample, block)
     column = pa.array(completions, pa.list_(SCORED_COMPLETION))
     return table.set_column(table.column_names.index("completions"), "completions", column)
+
+
+def _finite(
+    judged: Judgement, row: dict[str, Any], sample: dict[str, Any], block: FunctionScore | RewardModelScore
+) -> Judgement:
+    value, reason = judged
+    if reason is None and (value is None or not math.isfinite(value)):
+        if not block.drop_non_finite:
+            raise StageError(
+                f"score: completion {sample['completion_id']} of prompt {row['prompt_id']} has the score {value}; expected a "
+                "finite number. Mend the scorer, or set score.drop_non_finite to true"
+            )
+        return None, "non_finite_score"
+    return judged
 
 
 def _answer(text: str, reasoning_end: str | None) -> str:
@@ -169,7 +206,7 @@ class _RewardModelActor:
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _score_table(table, self._judge, self.block.reasoning_end)
+        return _score_table(table, self._judge, self.block)
 
     def _judge(self, rows: list[dict[str, Any]]) -> list[Judgement]:
         conversations = [[*r["prompt"], {"role": "assistant", "content": r["completion"]}] for r in rows]

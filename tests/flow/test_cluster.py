@@ -57,6 +57,12 @@ def test_check_fits_error_names_what_is_needed_and_what_there_is(needs, named):
     assert [n for n in ["round_00/train", f"{NUM_CPUS} CPU + 0 GPU", *named] if n not in str(error.value)] == []
 
 
+def test_check_fits_leaves_room_for_the_tasks_beside_the_actors():
+    cluster.check_fits("reference", Needs(NUM_CPUS - 1, 1.0, 0.0, "actor", beside=0.25))
+    with pytest.raises(ResourceError, match=rf"{NUM_CPUS} actor x 1 CPU and 0.25 CPU .*only 0 CPU would be left"):
+        cluster.check_fits("reference", Needs(NUM_CPUS, 1.0, 0.0, "actor", beside=0.25))
+
+
 def test_check_fits_does_not_mind_what_is_held_now(hold):
     hold()
     cluster.check_fits("train", Needs(NUM_CPUS, 1.0))

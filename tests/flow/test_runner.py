@@ -235,6 +235,32 @@ def test_run_plan_second_driver_is_refused(world):
     assert world.events == ["round_01/pair"]
 
 
+def test_run_plan_what_any_stage_names_is_looked_up_before_the_first_one_runs(world):
+    def missing():
+        raise ConfigError("no scorer")
+
+    stages = world.chain()
+    stages[2] = dataclasses.replace(stages[2], external=missing)
+    with pytest.raises(ConfigError, match="no scorer"):
+        world.run(stages)
+    assert world.events == []
+    assert not (world.root / "_lease.json").exists()
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["run", "skipped"])
+def test_run_plan_output_that_is_not_enough_for_the_plan_stops_it_there(world, before):
+    def refuse(artifact):
+        raise StageError(f"{artifact.manifest.rows_out} rows are too few")
+
+    stages = world.chain()
+    if before:
+        world.run(stages[:1])
+    stages[0] = dataclasses.replace(stages[0], check=refuse)
+    with pytest.raises(StageError, match="2 rows are too few"):
+        world.run(stages)
+    assert world.events == ["round_00/score"]
+
+
 def test_plan_actions_say_what_a_run_would_do_without_doing_it(world):
     stages = world.chain()
     world.run(stages[:2])

@@ -29,6 +29,9 @@ def matches_meta(rows):
 def cut(rows):
     return [float(r["finish_reason"] == "length") + len(r["prompt"][-1]["content"]) for r in rows]
 
+def nan(rows):
+    return [float("nan") if r["completion"] == "bad" else 1.0 for r in rows]
+
 def none(rows):
     return []
 """
@@ -97,7 +100,7 @@ def test_score_meta_prompt_and_finish_reason_reach_the_function(tmp_path, file):
 
 def test_score_bad_completion_does_not_lose_its_prompt(tmp_path, file):
     made = [rows.scored_row("p0", texts("a", "good", "bad", "fine")), rows.scored_row("p1", texts("b", "good"))]
-    output, got = run(tmp_path, made, by_function(file, "fussy", max_dropped=0.0))
+    output, got = run(tmp_path, made, by_function(file, "fussy", max_dropped=0.25))
     assert scores(got) == [[1.0, None, 1.0], [1.0]]
     assert [c["drop_reason"] for c in got[0]["completions"]] == [None, "scorer_error: ValueError: it is bad", None]
     assert (output.rows_out, output.dropped) == (2, {})
@@ -106,7 +109,7 @@ def test_score_bad_completion_does_not_lose_its_prompt(tmp_path, file):
 
 def test_score_completion_dropped_before_stays_dropped_and_unscored(tmp_path, file):
     made = [rows.scored_row("p0", texts("a", "good") + texts("b", "gone", drop_reason="earlier: x"))]
-    _, got = run(tmp_path, made, by_function(file, "length"))
+    _, got = run(tmp_path, made, by_function(file, "length", max_dropped=0.5))
     assert scores(got) == [[4.0, None]]
     assert got[0]["completions"][1]["drop_reason"] == "earlier: x"
 
@@ -114,6 +117,26 @@ def test_score_completion_dropped_before_stays_dropped_and_unscored(tmp_path, fi
 def test_score_function_with_a_wrong_number_of_scores_is_a_stage_error(tmp_path, file):
     with pytest.raises(StageError, match="0 scores for 1 rows"):
         run(tmp_path, [rows.scored_row("p0", texts("a", "x"))], by_function(file, "none"))
+
+
+def test_score_above_the_share_of_completions_that_cannot_be_scored_fails(tmp_path, file):
+    made = [rows.scored_row("p0", texts("a", "good", "bad", "fine")), rows.scored_row("p1", texts("b", "good"))]
+    with pytest.raises(StageError, match=r"1 of 4 completions could not be scored \(1 scorer_error\).*0.24"):
+        run(tmp_path, made, by_function(file, "fussy", max_dropped=0.24))
+
+
+def test_score_that_is_not_finite_is_an_error_that_names_the_completion(tmp_path, file):
+    made = [rows.scored_row("p0", texts("a", "good", "bad"))]
+    with pytest.raises(StageError, match=rf"completion a1 of prompt {made[0]['prompt_id']} has the score nan.*drop_non_finite"):
+        run(tmp_path, made, by_function(file, "nan"))
+
+
+def test_score_that_is_not_finite_is_dropped_where_that_is_asked_for(tmp_path, file):
+    made = [rows.scored_row("p0", texts("a", "good", "bad"))]
+    output, got = run(tmp_path, made, by_function(file, "nan", drop_non_finite=True, max_dropped=0.5))
+    assert scores(got) == [[1.0, None]]
+    assert [c["drop_reason"] for c in got[0]["completions"]] == [None, "non_finite_score"]
+    assert output.metrics["dropped_completions/non_finite_score"] == 1
 
 
 def test_score_stage_notices_another_source(file):
@@ -132,7 +155,7 @@ def test_score_reward_model_gives_the_scores_of_the_model_alone_and_drops_what_i
     path = make_reward_model()
     made = [rows.scored_row(f"w{10 + i}", texts(f"{i}", f"w{20 + i}", f"w{30 + i} w{40 + i}")) for i in range(5)]
     made.append(rows.scored_row("w60", texts("long", "w20", " ".join(["w30"] * 40))))
-    output, got = run(tmp_path, made, by_model(path, max_tokens=20))
+    output, got = run(tmp_path, made, by_model(path, max_tokens=20, max_dropped=0.1))
     model = RewardModel(path, revision=None, trust_remote_code=False, dtype="float32", use_gpu=False)
     too_long = got[-1]["completions"].pop()
     assert (too_long["score"], too_long["drop_reason"]) == (None, "too_long_for_reward_model")
