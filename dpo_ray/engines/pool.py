@@ -7,6 +7,7 @@ so there is no placement group that could outlive it.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,15 +17,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dpo_ray.engines.actors import Companion, EngineActor, Family
 from dpo_ray.engines.policies import PolicyRef
-from dpo_ray.engines.render import Rendered, render
+from dpo_ray.engines.render import Rendered
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.errors import ResourceError, StageError
 
-MAX_RESTARTS = 2
+MAX_CRASHES = 32
+"""Of all engines of a pool together; beyond it the engines are broken, not single prompts."""
+PIECES = 4
+"""Into how many a part is cut that crashed its engine; a crash costs a start, a piece one short call."""
 CLOSE_TIMEOUT_S = 30.0
-Family = tuple[str, list[tuple[int, float]]]
-"""A node's id, and pid and start time of each process of an actor there."""
 
 
 class Process:
@@ -40,50 +43,6 @@ class Process:
             return process if same else None
         except psutil.NoSuchProcess:
             return None
-
-
-class EngineActor:
-    """An engine of either kind, with what the pool needs to find its processes again."""
-
-    def __init__(self, settings: EngineSettings, policy: PolicyRef) -> None:
-        if settings.kind == "vllm":
-            from dpo_ray.engines.vllm import VllmEngine as Kind
-        else:
-            from dpo_ray.engines.hf import HfEngine as Kind
-        self.engine = Kind(settings, policy)
-
-    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
-        return self.engine.generate(requests, sampling)
-
-    def load(self) -> int:
-        return self.engine.load()
-
-    def processes(self) -> Family:
-        return _family()
-
-
-class RenderActor:
-    """Applies the chat template in a process of its own, with the tokenizer's libraries loaded once.
-
-    In a thread of the engine's process it slows the engine's steps down, by Python's lock; in the short-lived tasks
-    around the engines, loading the libraries costs seconds of CPU a process.
-    """
-
-    def __init__(self, policy: PolicyRef) -> None:
-        self.policy = policy
-
-    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
-        return render(self.policy, rows, template_kwargs, max_tokens)
-
-    def processes(self) -> Family:
-        return _family()
-
-
-def _family() -> Family:
-    """This node's id, and pid and start time of this process and its children."""
-    me = psutil.Process()
-    family = [me, *me.children(recursive=True)]
-    return ray.get_runtime_context().get_node_id(), [(p.pid, p.create_time()) for p in family]
 
 
 class EnginePool:
@@ -104,42 +63,68 @@ class EnginePool:
 
     def _start(self, policy: PolicyRef) -> None:
         settings, self.policy = self.settings, policy
+        self.companion: ActorHandle = ray.remote(Companion).options(num_cpus=0, max_restarts=2).remote(policy)
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
             max_concurrency=settings.parts_in_flight + 4,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,  # a call waits while its engine starts again; without it, it fails at once
+            max_restarts=MAX_CRASHES + 1,
         )
-        self.actors = [actor.remote(settings, policy) for _ in range(self.count)]
-        rendering = ray.remote(RenderActor).options(num_cpus=0, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)
-        self.renderer: ActorHandle = rendering.remote(policy)
+        self.actors = [actor.remote(settings, policy, self.companion) for _ in range(self.count)]
         try:
-            self.processes = ray.get([a.processes.remote() for a in [*self.actors, self.renderer]])
+            self.processes = ray.get([a.processes.remote() for a in [*self.actors, self.companion]])
         except RayActorError as error:
             self.close()
+            cause = str(error).strip().splitlines()[-1].strip()  # the message holds Ray's whole traceback
             raise StageError(
-                f"the {settings.kind} engine could not load {policy.path}: {error}. Check that the policy loads in "
+                f"the {settings.kind} engine could not load {policy.path}: {cause}. Check that the policy loads in "
                 f"{settings.kind} alone with the same engine_args, and that it fits the memory of its node"
             ) from error
 
-    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Mapping[str, Any], max_crashes: int = 2
+    ) -> list[list[Sample] | None]:
         """Sample on the engine with the least to do; called from Ray Data tasks.
 
+        Returns:
+            The samples of each request, in order; None for one that crashed its engine `max_crashes` times, alone.
+
         Raises:
-            StageError: every engine died, and again after its restarts.
+            StageError: the engines crashed more than MAX_CRASHES times.
         """
-        error: Exception | None = None
-        for _ in range(1 + MAX_RESTARTS):
+        try:
+            return ray.get(self._least_loaded().generate.remote(requests, sampling))
+        except RayActorError:
+            return self._generate_alone(requests, sampling, max_crashes)
+
+    def _generate_alone(
+        self, requests: Sequence[Request], sampling: Mapping[str, Any], max_crashes: int
+    ) -> list[list[Sample] | None]:
+        """Sample with nothing else in the engine, so that a crash is these requests' own; cut them until one is left."""
+        crashes = 0
+        for _ in range(MAX_CRASHES):
+            token, actor = uuid.uuid4().hex, self._least_loaded()
             try:
-                return ray.get(self._least_loaded().generate.remote(requests, sampling))
-            except RayActorError as died:
-                error = died
-        raise StageError(f"engines died {1 + MAX_RESTARTS} times on one part of {len(requests)} prompts: {error}") from error
+                ray.get(actor.processes.remote())  # waits while the engine starts again
+                return ray.get(actor.generate_alone.remote(requests, sampling, token))
+            except RayActorError as error:
+                began, total = ray.get(self.companion.crashed.remote(token))
+                if total > MAX_CRASHES:
+                    raise StageError(_too_many_crashes(self.settings.kind, error)) from error
+            if not began:  # another call's crash took the engine while this one waited for its turn
+                continue
+            crashes += 1
+            if len(requests) > 1:
+                size = -(-len(requests) // PIECES)
+                pieces = [requests[at : at + size] for at in range(0, len(requests), size)]
+                return [samples for piece in pieces for samples in self._generate_alone(piece, sampling, max_crashes)]
+            if crashes >= max_crashes:
+                return [None]
+        raise StageError(_too_many_crashes(self.settings.kind, None))
 
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
-        return ray.get(self.renderer.render.remote(rows, template_kwargs, max_tokens))
+        return ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens))
 
     def _least_loaded(self) -> ActorHandle:
         if len(self.actors) == 1:
@@ -160,7 +145,7 @@ class EnginePool:
             ResourceError: a process survived SIGKILL.
         """
         latest = []
-        actors = [*self.actors, self.renderer]
+        actors = [*self.actors, self.companion]
         for actor in actors:
             try:  # an engine that was started again has other processes than at first
                 latest.append(ray.get(actor.processes.remote(), timeout=5))
@@ -181,6 +166,14 @@ class EnginePool:
             left = ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
             if left:
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
+
+
+def _too_many_crashes(kind: str, error: Exception | None) -> str:
+    last = f" (the last: {str(error).strip().splitlines()[0]})" if error else ""
+    return (
+        f"generate: the {kind} engines crashed more than {MAX_CRASHES} times{last}, so it is not single prompts. See the "
+        "engine's own output in Ray's worker logs; memory (engine_args, resources) and the policy's files are the usual reasons"
+    )
 
 
 @ray.remote(num_cpus=0, max_retries=2)

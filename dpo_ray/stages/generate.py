@@ -115,9 +115,12 @@ def generate(
         ids = table["prompt_id"].to_pylist()
         keep = [i for i, (_, reason) in enumerate(rendered) if reason is None]
         requests = [Request(token_ids[i], sample_seed(seed, round_, ids[i]), num_completions) for i in keep]
-        sampled = dict(zip(keep, engine.generate(requests, parameters), strict=True)) if keep else {}
+        answers = engine.generate(requests, parameters, block.max_engine_crashes) if keep else []
+        sampled = dict(zip(keep, answers, strict=True))
+        crashed = {i for i, samples in sampled.items() if samples is None}
+        table = mark_dropped(table, ["engine_crash" if i in crashed else None for i in range(table.num_rows)])
         completions = [
-            [_completion(s, ids[i], round_, policy, k, seed) for k, s in enumerate(sampled.get(i, []))]
+            [_completion(s, ids[i], round_, policy, k, seed) for k, s in enumerate(sampled.get(i) or [])]
             for i in range(table.num_rows)
         ]
         table = table.append_column("round", pa.array([round_] * table.num_rows, pa.int32()))

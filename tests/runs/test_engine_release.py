@@ -104,7 +104,7 @@ def test_engine_tensor_parallel_leaves_no_worker_process(idle_ray: None, tiny_po
     samples = engine.generate(requests(tiny_policy), SAMPLING)
     assert [len(s) for s in samples] == [2, 2, 2]
     family = processes(engine)
-    assert len(family) >= 4, "the actor, a worker process a shard, and the renderer"
+    assert len(family) >= 4, "the actor, a worker process a shard, and the companion"
     if killed:
         os.kill(family[0].pid, signal.SIGKILL)
     engine.close()

@@ -31,6 +31,8 @@ class FakeEngine:
     """Stands for the engines: every sample is made of the hash of its prompt and its seed, so results are exact."""
 
     count = 1
+    poison = None
+    """Token that crashes the engine."""
 
     def use(self, policy):
         self.policy = policy
@@ -38,8 +40,9 @@ class FakeEngine:
     def render(self, rows, template_kwargs, max_tokens):
         return render(self.policy, rows, template_kwargs, max_tokens)
 
-    def generate(self, requests, sampling):
-        return [[fake_sample(r.prompt_token_ids, r.seed + k) for k in range(r.n)] for r in requests]
+    def generate(self, requests, sampling, max_crashes):
+        samples = [[fake_sample(r.prompt_token_ids, r.seed + k) for k in range(r.n)] for r in requests]
+        return [None if self.poison in r.prompt_token_ids else s for r, s in zip(requests, samples, strict=True)]
 
 
 def fake_sample(prompt_token_ids, seed):
@@ -113,6 +116,21 @@ def test_generate_rounds_have_other_seeds_and_ids(tmp_path, templated):
         assert {c[field] for c in first[0]["completions"]}.isdisjoint(c[field] for c in second[0]["completions"])
 
 
+class Crashing(FakeEngine):
+    poison = 66
+
+
+def test_generate_prompt_that_crashes_its_engine_is_quarantined_and_the_others_keep_theirs(tmp_path, templated):
+    prompts = [*PROMPTS[:2], rows.prompt_row("w66"), *PROMPTS[2:]]
+    output, got = run(tmp_path, templated, prompts, engine=Crashing())
+    assert (output.rows_in, output.rows_out, output.dropped) == (7, 6, {"engine_crash": 1})
+    assert got == run(tmp_path / "without", templated, PROMPTS)[1]
+    (lost,) = quarantined(tmp_path / "out", output)
+    assert (lost["prompt_id"], lost["drop_reason"]) == (prompts[2]["prompt_id"], "engine_crash")
+    with pytest.raises(StageError, match=r"1 of 7 rows dropped \(engine_crash 1\)"):
+        run(tmp_path / "strict", templated, prompts, engine=Crashing(), max_dropped=0.1)
+
+
 def test_generate_prompt_that_is_too_long_or_refused_is_quarantined_by_reason(tmp_path, templated):
     long = rows.prompt_row(" ".join(["w50"] * 10))  # bos, user, 10 words, assistant: 13 tokens, one above the limit
     fits = rows.prompt_row(" ".join(["w50"] * 9))
@@ -144,7 +162,7 @@ def test_generate_tools_and_template_options_reach_the_template(tmp_path, templa
 class ParametersEngine(FakeEngine):
     """Answers with the sampling parameters that it was given, as text."""
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, max_crashes):
         text = json.dumps({**sampling, "policy": self.policy.identity}, default=list)
         return [[Sample([6], text, "stop", None) for _ in range(r.n)] for r in requests]
 
@@ -161,7 +179,7 @@ def test_generate_engine_gets_every_sampling_parameter_and_the_policy(tmp_path, 
 
 
 class FailingEngine(FakeEngine):
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, max_crashes):
         raise StageError("engines died 3 times on one part")
 
 

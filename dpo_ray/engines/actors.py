@@ -1,0 +1,127 @@
+"""The processes of a pool: engines, and one companion beside them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.render import Rendered, render
+from dpo_ray.engines.requests import EngineSettings, Request, Sample
+
+START_RETRIES = 2
+Family = tuple[str, list[tuple[int, float]]]
+"""A node's id, and pid and start time of each process of an actor there."""
+
+
+class Gate:
+    """Lets many calls into an engine at a time, or one alone; who wants to be alone is not overtaken."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.inside, self.want_alone = 0, 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.want_alone == 0)
+            self.inside += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.changed:
+            self.want_alone += 1
+            self.changed.wait_for(lambda: self.inside == 0)
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.want_alone -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        with self.changed:
+            self.inside -= 1
+            self.changed.notify_all()
+
+
+class EngineActor:
+    """An engine of either kind, with what the pool needs to find its processes again."""
+
+    def __init__(self, settings: EngineSettings, policy: PolicyRef, companion: ActorHandle) -> None:
+        self.companion, self.gate = companion, Gate()
+        self.engine = start_engine(settings, policy)
+
+    def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
+        with self.gate.together():
+            return self.engine.generate(requests, sampling)
+
+    def generate_alone(self, requests: Sequence[Request], sampling: Mapping[str, Any], token: str) -> list[list[Sample]]:
+        """Sample with nothing else in the engine; the companion knows from when on a crash is this call's own."""
+        with self.gate.alone():
+            ray.get(self.companion.begins.remote(token))
+            return self.engine.generate(requests, sampling)
+
+    def load(self) -> int:
+        return self.engine.load()
+
+    @ray.method(max_task_retries=START_RETRIES)
+    def processes(self) -> Family:
+        """Waits while the actor starts again."""
+        return family()
+
+
+def start_engine(settings: EngineSettings, policy: PolicyRef) -> Any:
+    """Load the policy into an engine of the kind that the settings name."""
+    if settings.kind == "vllm":
+        from dpo_ray.engines.vllm import VllmEngine as Kind
+    else:
+        from dpo_ray.engines.hf import HfEngine as Kind
+    return Kind(settings, policy)
+
+
+class Companion:
+    """A process beside the engines: applies the chat template, and knows which call was running when an engine died.
+
+    Rendering in a thread of the engine's process slows the engine's steps down, by Python's lock; in the short-lived tasks
+    around the engines, loading the libraries costs seconds of CPU a process.
+    """
+
+    def __init__(self, policy: PolicyRef) -> None:
+        self.policy = policy
+        self.began: set[str] = set()
+        self.crashes = 0
+
+    @ray.method(max_task_retries=START_RETRIES)
+    def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
+        return render(self.policy, rows, template_kwargs, max_tokens)
+
+    def begins(self, token: str) -> None:
+        """The call `token` runs from now on, with nothing else in its engine."""
+        self.began.add(token)
+
+    def crashed(self, token: str) -> tuple[bool, int]:
+        """Whether the call that failed had begun, and how many calls have crashed an engine by now."""
+        self.crashes += token in self.began
+        return token in self.began, self.crashes
+
+    @ray.method(max_task_retries=START_RETRIES)
+    def processes(self) -> Family:
+        return family()
+
+
+def family() -> Family:
+    """This node's id, and pid and start time of this process and its children."""
+    me = psutil.Process()
+    return ray.get_runtime_context().get_node_id(), [(p.pid, p.create_time()) for p in [me, *me.children(recursive=True)]]
