@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,17 +120,13 @@ def rows(run: Path, stage: str) -> list[dict[str, Any]]:
     return [r for f in files if f["path"].startswith("part-") for r in pq.read_table(directory / f["path"]).to_pylist()]
 
 
-def assert_same_tables(run: Path, other: Path, stages: Iterable[str]) -> None:
-    for stage in stages:
-        found, wanted = ({r[KEYS[stage]]: r for r in rows(where, stage)} for where in (run, other))
+def assert_same(run: Path, other: Path) -> None:
+    """The tables have the same ids, each once, and the same contents; training took the same steps to the same weights."""
+    for stage, key in KEYS.items():
+        found, wanted = ({r[key]: r for r in rows(where, stage)} for where in (run, other))
         assert len(found) == len(rows(run, stage)), stage
         assert found.keys() == wanted.keys(), stage
     assert rows(run, "pair") == rows(other, "pair")
-
-
-def assert_same(run: Path, other: Path) -> None:
-    """The tables have the same ids, each once, and the same contents; training took the same steps to the same weights."""
-    assert_same_tables(run, other, KEYS)
     logs = [
         [json.loads(line)["loss"] for line in (where / "round_00/train/metrics.jsonl").read_text().splitlines()]
         for where in (run, other)
@@ -150,31 +145,31 @@ def committed(run: Path) -> dict[Path, tuple[int, bytes]]:
     return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
 
-def test_round_interrupted_and_killed_on_the_way_to_its_pairs_ends_as_if_undisturbed(runs: Runs, tmp_path: Path) -> None:
-    root, before = tmp_path / "killed", {}
-    run = root / "run"
+def test_round_interrupted_and_killed_while_it_generates_has_every_prompt_once(runs: Runs, tmp_path: Path) -> None:
+    generate = tmp_path / "run/round_00/generate"
 
-    done = runs.kill("round_00/generate", "middle", "SIGINT", "driver", root)
+    done = runs.kill("round_00/generate", "middle", "SIGINT", "driver", tmp_path)
     assert done.returncode == 130
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
     runs.assert_nothing_left()
-    assert not (run / "round_00/generate/_manifest.json").exists()
-    assert list((run / "round_00/generate/_parts").iterdir())
-    before |= committed(run)
+    assert not (generate / "_manifest.json").exists()
+    assert list((generate / "_parts").iterdir())
+    before = committed(tmp_path / "run")
 
-    done = runs.kill("round_00/pair", "commit", "SIGKILL", "driver", root)
+    done = runs.kill("round_00/generate", "commit", "SIGKILL", "driver", tmp_path)
     assert done.returncode == -9
     runs.assert_nothing_left()
-    assert not (run / "round_00/pair/_manifest.json").exists()
-    before |= committed(run)
+    assert not (generate / "_manifest.json").exists()
+    before |= committed(tmp_path / "run")
 
-    runs.complete(root, "--until", "pair")
-    runs.assert_nothing_left()
-    after = committed(run)
+    runs.complete(tmp_path, "--until", "generate")
+    after = committed(tmp_path / "run")
     assert {f: after[f] for f in before} == before, "what was committed is not computed again"
-    runs.complete(tmp_path / "undisturbed", "--until", "pair")
-    assert_same_tables(run, tmp_path / "undisturbed/run", ("generate", "score", "pair"))
+    prompts = [row["prompt_id"] for row in rows(tmp_path / "run", "generate")]
+    assert len(prompts) == len(set(prompts)) == 24
+    samples = [c["completion_id"] for row in rows(tmp_path / "run", "generate") for c in row["completions"]]
+    assert len(samples) == len(set(samples)) == 48
 
 
 STAGES = ["policy", "prompts", *(f"round_00/{s}" for s in ("generate", "score", "pair", "reference", "train", "evaluate"))]
