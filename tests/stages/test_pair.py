@@ -44,7 +44,6 @@ SAME = {"token_ids": [7, 8]}
         # Ties
         ([c("a", 1.0), c("b", 1.0)], {}, ["tie"]),
         ([c("a", 1.0), c("b", 1.0)], {"drop_ties": False}, [("a", "b")]),
-        ([c("a", 1.0), c("b", 1.0)], {"drop_ties": False, "min_gap": 0.1}, ["below_min_gap"]),
         ([c("a", 1.0), c("b", 1.0), c("c", 0.0)], {"method": "all_above_gap"}, [("a", "c"), ("b", "c")]),
         ([c("a", 2.0), c("b", 2.0), c("c", 0.0)], {}, [("a", "c")]),  # the earlier sample wins a tie
         # Identical

@@ -11,8 +11,9 @@ from ..artifacts import context
 from ..test_config import minimal
 
 
-def stage_of(path, **fields):
-    return policy_stage.stage(RunConfig.model_validate(minimal() | {"policy": str(path)} | fields), str(path))
+def stage_of(path, revision=None, **fields):
+    config = RunConfig.model_validate(minimal() | {"policy": str(path)} | fields)
+    return policy_stage.stage(config, str(path), revision)
 
 
 def test_policy_of_a_local_directory_is_named_by_its_contents(policy, tmp_path):
@@ -45,6 +46,11 @@ def test_policy_changed_in_place_is_another(policy, tmp_path):
     template = tmp_path / "policy/chat_template.jinja"
     template.write_text(template.read_text() + " ")
     assert stage.external() != before
+
+
+def test_policy_directory_with_a_revision_is_refused_not_ignored(policy):
+    with pytest.raises(ConfigError, match="'v1.0' would be ignored"):
+        stage_of(policy.path, revision="v1.0").external()
 
 
 def test_policy_that_is_no_directory_and_no_hub_name_is_a_config_error():
