@@ -87,7 +87,7 @@ def sampling_steps(config: RunConfig, round_: int) -> Steps:
 
     columns = {"completion_token_ids": "logps"}
     # Always with the engine's own log-probabilities: evaluate checks by them that the engine holds the policy it should.
-    ref, g = config.reference, config.generate.model_copy(update={"sampler_logps": True})
+    g = config.generate.model_copy(update={"sampler_logps": True})
     return evaluate.Steps(
         held_out=prompts.held_out,
         generate=lambda ds, engine, policy, how, n: generate.generate(ds, engine, policy, g, how, round_, config.seed, n),
@@ -95,9 +95,7 @@ def sampling_steps(config: RunConfig, round_: int) -> Steps:
         score=lambda ds: score.score(ds, config.score, config.trust_remote_code),
         score_tasks=score.tasks(config.score),
         pair=lambda row: pair.pair_prompt(row, config.pair, config.seed),
-        logps=lambda ds, policy: reference.add_logps(
-            ds, policy, config.train.dtype, columns, ref.max_batch_tokens, ref.resources
-        ),
+        logps=lambda ds, policy: reference.add_logps(ds, policy, reference.how(config), columns, config.reference.resources),
         logps_needs=reference.needs(config),
         score_needs=score.needs(config.score),
         score_sources=lambda: score.sources(config.score),

@@ -144,7 +144,7 @@ class Reference(Block):
     revision: str | None = None
     """Commit or tag of a hub policy that is named here."""
     max_batch_tokens: int = Field(default=16384, ge=1)
-    """Padded tokens of one forward."""
+    """Tokens of one forward, as the model sees them."""
     resources: ActorResources = ActorResources()
 
     @model_validator(mode="after")
@@ -165,7 +165,10 @@ class Train(Block):
     global_batch_size: int = Field(default=64, ge=1)
     """Pairs of one optimizer step, over all workers and micro-batches."""
     max_batch_tokens: int = Field(default=16384, ge=1)
-    """Padded tokens (chosen and rejected) of one micro-batch; gradients accumulate to the global batch."""
+    """Tokens of one micro-batch, as the model sees them; gradients accumulate to the global batch."""
+    share_prompt: Literal["auto", "always", "never"] = "auto"
+    """Compute a prompt once for all its completions, in every stage that needs log-probabilities. `auto` does it where a
+    probe on a real row shows that the model gives the same values."""
     epochs: int = Field(default=1, ge=1)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
@@ -212,5 +215,5 @@ class EvaluatePairs(Block):
     bootstrap_samples: int = Field(default=2000, ge=100)
     """Resamples of the conversations for the 95 % interval."""
     max_batch_tokens: int = Field(default=16384, ge=1)
-    """Padded tokens of one forward."""
+    """Tokens of one forward, as the models see them."""
     resources: ActorResources = ActorResources()

@@ -7,42 +7,62 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from dpo_ray.learn.logps import completion_logps
-from dpo_ray.learn.tokens import collate
+from dpo_ray.learn.layout import Batch, Group, separate, share
+from dpo_ray.learn.logps import Path, completion_logps
 
 
 @torch.inference_mode()
-def score_completions(
-    model: PreTrainedModel,
-    prompt_token_ids: Sequence[Sequence[int]],
-    completion_token_ids: Sequence[Sequence[int]],
-    *,
-    max_batch_tokens: int,
-    pad_token_id: int,
-) -> list[float]:
-    """Sum of the log-probabilities (nats) of each completion given its prompt, in the order given.
+def score_groups(
+    model: PreTrainedModel, groups: Sequence[Group], path: Path, *, max_batch_tokens: int, pad_token_id: int
+) -> list[list[float]]:
+    """Sum of the log-probabilities (nats) of each completion given its prompt: a list per group, in the order given.
 
-    Rows are batched by length, at most `max_batch_tokens` padded tokens a forward; a longer row goes alone. A row's value
-    depends on the row alone, up to float32 rounding.
+    A value depends on prompt and completion alone, up to float32 rounding.
+
+    Args:
+        path: as `probe.choose_path` found it.
+        max_batch_tokens: tokens of a forward, as the model sees them; a larger group goes alone.
     """
     device = next(model.parameters()).device
-    lengths = [len(p) + len(c) for p, c in zip(prompt_token_ids, completion_token_ids, strict=True)]
-    logps = [0.0] * len(lengths)
-    for rows in token_budget(lengths, max_batch_tokens):
-        batch = collate([prompt_token_ids[i] for i in rows], [completion_token_ids[i] for i in rows], pad_token_id)
-        values = completion_logps(model, batch.input_ids_ST.to(device), batch.completion_mask_ST.to(device))
-        for i, value in zip(rows, values.tolist(), strict=True):
-            logps[i] = value
+    logps: list[list[float]] = [[] for _ in groups]
+    for rows in batches(groups, path, max_batch_tokens):
+        batch = lay_out([groups[i] for i in rows], path, pad_token_id).to(device)
+        values = iter(completion_logps(model, batch, path).tolist())
+        for i in rows:
+            logps[i] = [next(values) for _ in groups[i].completions]
     return logps
 
 
-def token_budget(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Yield indices in batches of at most `max_batch_tokens` padded tokens, shortest first; a longer row goes alone."""
+def batches(groups: Sequence[Group], path: Path, max_batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of groups that go into a batch, shortest first; a group larger than the budget goes alone."""
+    sizes = [group_tokens(group, share_prompt=path.share_prompt) for group in groups]
+    return token_budget(sizes, max_batch_tokens, padded=not path.share_prompt)
+
+
+def lay_out(groups: Sequence[Group], path: Path, pad_token_id: int) -> Batch:
+    """Make the batch of some groups; its completions stand in their order, whatever the layout."""
+    return share(groups) if path.share_prompt else separate(groups, pad_token_id)
+
+
+def group_tokens(group: Group, *, share_prompt: bool) -> int:
+    """Tokens of a group as the model sees them; padded to its own longest completion where these have rows of their own."""
+    lengths = [len(c) for c in group.completions]
+    return len(group.prompt) + sum(lengths) if share_prompt else len(lengths) * (len(group.prompt) + max(lengths))
+
+
+def token_budget(sizes: Sequence[int], max_batch_tokens: int, *, padded: bool) -> Iterator[list[int]]:
+    """Yield indices in batches of at most `max_batch_tokens` tokens, smallest first; a larger one goes alone.
+
+    Args:
+        padded: a batch has its largest size for each of its rows, else the sum of their sizes.
+    """
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):  # ascending: the newest row is the longest
-        if batch and lengths[i] * (len(batch) + 1) > max_batch_tokens:
+    total = 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # ascending: the newest row is the longest
+        total = sizes[i] * (len(batch) + 1) if padded else total + sizes[i]
+        if batch and total > max_batch_tokens:
             yield batch
-            batch = []
+            batch, total = [], sizes[i]
         batch.append(i)
     if batch:
         yield batch

@@ -21,59 +21,65 @@ def plan_epoch(
     max_batch_tokens: int,
     seed: int,
     epoch: int,
+    share_prompt: bool = True,
 ) -> list[Step]:
     """Plan one epoch; the same arguments give the same plan.
 
     Args:
-        lengths: (pairs, 2) tokens of prompt + chosen and of prompt + rejected.
+        lengths: (pairs, 3) tokens of prompt, chosen and rejected.
         global_batch_size: pairs of one step over all ranks; only the last step may have fewer.
         world_size: number of ranks.
-        max_batch_tokens: padded tokens of a micro-batch, 2 * pairs * longest sequence; a pair over it goes alone.
+        max_batch_tokens: tokens of a micro-batch as the model sees them; a pair over it goes alone. With shared prompts
+            these are prompt + chosen + rejected of each pair; else each sequence padded to the longest.
         seed, epoch: order of the rows, new in each epoch.
+        share_prompt: the layout of the batches, as `probe.choose_path` found it.
 
     Raises:
         ValueError: lengths of another shape, or a count below 1.
     """
     lengths = np.asarray(lengths)
-    if lengths.ndim != 2 or lengths.shape[1] != 2:
-        raise ValueError(f"lengths has shape {lengths.shape}; expected (pairs, 2)")
+    if lengths.ndim != 2 or lengths.shape[1] != 3:
+        raise ValueError(f"lengths has shape {lengths.shape}; expected (pairs, 3)")
     if min(global_batch_size, world_size, max_batch_tokens) < 1:
         raise ValueError(f"counts must be at least 1: {global_batch_size=}, {world_size=}, {max_batch_tokens=}")
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     batches = [order[start : start + global_batch_size] for start in range(0, len(order), global_batch_size)]
-    return [_plan_step(batch, lengths, world_size, max_batch_tokens) for batch in batches]
+    prompt, longest = lengths[:, 0], lengths[:, 1:].max(axis=1, initial=0)
+    size = lengths.sum(axis=1) if share_prompt else 2 * (prompt + longest)
+    return [_plan_step(batch, size, world_size, max_batch_tokens, padded=not share_prompt) for batch in batches]
 
 
-def _plan_step(batch: np.ndarray, lengths: np.ndarray, world_size: int, max_batch_tokens: int) -> Step:
+def _plan_step(batch: np.ndarray, sizes: np.ndarray, world_size: int, max_batch_tokens: int, *, padded: bool) -> Step:
     """Spread the rows of a global batch over ranks and micro-batches."""
-    longest = {int(row): int(lengths[row].max()) for row in batch}
-    step = [_micro_batches(rows, longest, max_batch_tokens) for rows in _spread(longest, world_size)]
+    size = {int(row): int(sizes[row]) for row in batch}
+    step = [_micro_batches(rows, size, max_batch_tokens, padded=padded) for rows in _spread(size, world_size)]
     num_micro_batches = max(len(micro_batches) for micro_batches in step)
     return [micro_batches + [[] for _ in range(num_micro_batches - len(micro_batches))] for micro_batches in step]
 
 
-def _spread(longest: dict[int, int], world_size: int) -> list[list[int]]:
+def _spread(size: dict[int, int], world_size: int) -> list[list[int]]:
     """Give each row, longest first, to the rank with the fewest tokens so far."""
     rows_of_rank: list[list[int]] = [[] for _ in range(world_size)]
     tokens_of_rank = [0] * world_size
-    for row in _longest_first(list(longest), longest):
+    for row in _longest_first(list(size), size):
         rank = tokens_of_rank.index(min(tokens_of_rank))
         rows_of_rank[rank].append(row)
-        tokens_of_rank[rank] += longest[row]
+        tokens_of_rank[rank] += size[row]
     return rows_of_rank
 
 
-def _micro_batches(rows: list[int], longest: dict[int, int], max_batch_tokens: int) -> list[MicroBatch]:
-    """Cut rows, longest first so that little of a batch is padding, where the padded tokens exceed the budget."""
+def _micro_batches(rows: list[int], size: dict[int, int], max_batch_tokens: int, *, padded: bool) -> list[MicroBatch]:
+    """Cut rows, longest first so that little of a padded batch is padding, where their tokens exceed the budget."""
     micro_batches: list[MicroBatch] = []
-    for row in _longest_first(rows, longest):
+    for row in _longest_first(rows, size):
         current = micro_batches[-1] if micro_batches else []
-        if current and 2 * (len(current) + 1) * longest[current[0]] <= max_batch_tokens:
+        tokens = (len(current) + 1) * size[current[0]] if current and padded else sum(size[r] for r in [*current, row])
+        if current and tokens <= max_batch_tokens:
             current.append(row)
         else:
             micro_batches.append([row])
     return micro_batches
 
 
-def _longest_first(rows: list[int], longest: dict[int, int]) -> list[int]:
-    return sorted(rows, key=lambda row: (-longest[row], row))
+def _longest_first(rows: list[int], size: dict[int, int]) -> list[int]:
+    return sorted(rows, key=lambda row: (-size[row], row))

@@ -1,17 +1,19 @@
 """Two policies on the same completions: the log-probabilities under each, and the KL divergence between them.
 
-Shapes: S sequences, K kept positions, R = S * K rows, V vocabulary.
+Shapes: K completion tokens of a batch, V vocabulary.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dpo_ray.learn.batched import token_budget
-from dpo_ray.learn.logps import IGNORED, ROW_TILE, per_token_logps, predictions
-from dpo_ray.learn.tokens import TokenIds, collate
+from dpo_ray.learn.batched import batches, lay_out
+from dpo_ray.learn.head import tile_rows
+from dpo_ray.learn.layout import Group
+from dpo_ray.learn.logps import Path, completion_sums, logits_in_tiles
 
 
 class Compared(NamedTuple):
@@ -27,46 +29,46 @@ class Compared(NamedTuple):
 def compare_completions(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    prompt_token_ids: Sequence[TokenIds],
-    completion_token_ids: Sequence[TokenIds],
+    groups: Sequence[Group],
+    paths: Sequence[Path],
     *,
     max_batch_tokens: int,
     pad_token_id: int,
-) -> list[Compared]:
-    """Compare the policies on each completion, in the order given, in batches of at most `max_batch_tokens` padded tokens.
+) -> list[list[Compared]]:
+    """Compare the policies on each completion: a list per group, in the order given.
+
+    Args:
+        paths: of policy and reference, as `probe.choose_path` found them.
+        max_batch_tokens: tokens of a forward, as the policy sees them.
 
     Raises:
         ValueError: the policies have vocabularies of different size.
     """
     device = next(policy.parameters()).device
-    lengths = [len(p) + len(c) for p, c in zip(prompt_token_ids, completion_token_ids, strict=True)]
-    compared: dict[int, Compared] = {}
-    for rows in token_budget(lengths, max_batch_tokens):
-        batch = collate([prompt_token_ids[i] for i in rows], [completion_token_ids[i] for i in rows], pad_token_id)
-        where = (batch.input_ids_ST.to(device), batch.completion_mask_ST.to(device))
-        policy_SKV, targets_SK = predictions(policy, *where)
-        ref_SKV, _ = predictions(reference, *where)
-        if policy_SKV.shape != ref_SKV.shape:
-            raise ValueError(f"vocabularies of {policy_SKV.shape[-1]} and {ref_SKV.shape[-1]} tokens cannot be compared")
-        policy_RV, ref_RV, targets = policy_SKV.flatten(0, 1), ref_SKV.flatten(0, 1), targets_SK.flatten()
-        columns = (
-            per_token_logps(policy_RV, targets),
-            per_token_logps(ref_RV, targets),
-            per_token_kl(policy_RV, ref_RV, targets),
+    compared: list[list[Compared]] = [[] for _ in groups]
+    for rows in batches(groups, paths[0], max_batch_tokens):
+        taken = [groups[i] for i in rows]
+        batch, ref_batch = (lay_out(taken, path, pad_token_id).to(device) for path in paths)
+        tile = tile_rows(policy.config.get_text_config().vocab_size)
+        tiles = zip(
+            logits_in_tiles(policy, batch, paths[0], tile),
+            logits_in_tiles(reference, ref_batch, paths[1], tile),
+            batch.targets.split(tile),
+            strict=True,
         )
-        sums = [column.view_as(targets_SK).sum(1).tolist() for column in columns]
-        for i, values in zip(rows, zip(*sums, strict=True), strict=True):
-            compared[i] = Compared(*values)
-    return [compared[i] for i in range(len(lengths))]
+        columns = zip(*(_compare(*one) for one in tiles), strict=True)
+        sums = [completion_sums(torch.cat(column), batch.lengths).tolist() for column in columns]
+        values = iter(Compared(*one) for one in zip(*sums, strict=True))
+        for i in rows:
+            compared[i] = [next(values) for _ in groups[i].completions]
+    return compared
 
 
-def per_token_kl(policy_RV: torch.Tensor, ref_RV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return KL(policy || reference) over the vocabulary of each row (R,), float32, 0 where `targets` is ignored."""
-    tiles = []
-    for policy, reference, target in zip(
-        policy_RV.split(ROW_TILE), ref_RV.split(ROW_TILE), targets.split(ROW_TILE), strict=True
-    ):
-        policy_logps, ref_logps = policy.float().log_softmax(-1), reference.float().log_softmax(-1)
-        kl = (policy_logps.exp() * (policy_logps - ref_logps)).sum(-1)
-        tiles.append(kl.masked_fill(target == IGNORED, 0.0))
-    return torch.cat(tiles)
+def _compare(policy_KV: torch.Tensor, ref_KV: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return (K,) log-probabilities under both policies, and the KL divergence of the next token over the vocabulary."""
+    if policy_KV.shape != ref_KV.shape:
+        raise ValueError(f"vocabularies of {policy_KV.shape[-1]} and {ref_KV.shape[-1]} tokens cannot be compared")
+    policy_logps, ref_logps = policy_KV.log_softmax(-1), ref_KV.log_softmax(-1)
+    kl = functional.kl_div(ref_logps, policy_logps, reduction="none", log_target=True).sum(-1)
+    chosen = targets[:, None]
+    return policy_logps.gather(1, chosen)[:, 0], ref_logps.gather(1, chosen)[:, 0], kl

@@ -4,7 +4,7 @@ In: a policy, an optimizer, a plan and a way to get rows. Out: one dict of metri
 Invariant: a step does not depend on the number of ranks or on how its pairs are cut into micro-batches, up to rounding:
 the loss is the sum over pairs divided by the pairs of the global batch, and gradients are summed over both.
 
-Shapes: B pairs, S = 2B sequences (all chosen, then all rejected), T tokens.
+Shapes: B pairs.
 """
 
 import math
@@ -18,11 +18,12 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from dpo_ray.errors import NonFiniteLossError
+from dpo_ray.learn.batched import lay_out
 from dpo_ray.learn.batches import Step
-from dpo_ray.learn.logps import completion_logps
+from dpo_ray.learn.layout import Group, TokenIds
+from dpo_ray.learn.logps import Path, completion_logps
 from dpo_ray.learn.losses import PairLoss, sigmoid_loss
 from dpo_ray.learn.optim import clip_gradients
-from dpo_ray.learn.tokens import TokenIds, collate
 
 MEANS = (
     "loss",
@@ -53,6 +54,7 @@ def dpo_steps(
     optimizer: torch.optim.Optimizer,
     fetch: Callable[[list[int]], PairRows],
     plan: Sequence[Step],
+    path: Path,
     *,
     beta: float,
     learning_rate_for: Callable[[int], float],
@@ -64,8 +66,9 @@ def dpo_steps(
     """Take the steps `start_step`, `start_step + 1`, ... of the plan, yielding each one's metrics after it is taken.
 
     Every rank runs this with the same plan and reads its own part of each step. The model's gradients must be summed
-    over ranks, as `policy.shard` sets it up. Metrics are of the whole global batch, the same on every rank: `MEANS`,
-    grad_norm (before clipping), learning_rate and num_tokens (of this step, without padding).
+    over ranks, as `policy.shard` sets it up, and `path` is what `probe.choose_path` found for it. Metrics are of the
+    whole global batch, the same on every rank: `MEANS`, grad_norm (before clipping), learning_rate and num_tokens (of
+    prompt + chosen and of prompt + rejected, in this step).
 
     Raises:
         NonFiniteLossError: on every rank, before the optimizer changes the policy.
@@ -78,7 +81,7 @@ def dpo_steps(
         for rows in plan[step][rank]:
             # A rank without rows left still runs one: the other ranks wait for it in FSDP's collectives.
             pairs = fetch(rows) if rows else PairRows(["none"], [[0]], [[0]], [[0]], [0.0], [0.0])
-            result, logps, num_tokens = _pair_losses(model, pairs, beta, pad_token_id, device)
+            result, logps, num_tokens = _pair_losses(model, pairs, path, beta, pad_token_id, device)
             (result.losses.sum() * (1 / num_pairs if rows else 0.0)).backward()
             if rows:
                 sums += _metric_sums(result, logps, num_tokens)
@@ -99,26 +102,26 @@ def dpo_steps(
 
 
 def _pair_losses(
-    model: PreTrainedModel, pairs: PairRows, beta: float, pad_token_id: int, device: torch.device | str
+    model: PreTrainedModel, pairs: PairRows, path: Path, beta: float, pad_token_id: int, device: torch.device | str
 ) -> tuple[PairLoss, torch.Tensor, int]:
-    """Return the losses of B pairs, the policy's (2B,) log-probabilities and the number of tokens without padding."""
-    prompts = [*pairs.prompt_token_ids, *pairs.prompt_token_ids]
-    completions = [*pairs.chosen_token_ids, *pairs.rejected_token_ids]
-    batch = collate(prompts, completions, pad_token_id)
+    """Return the losses of B pairs, the policy's (2, B) log-probabilities and the tokens of prompt + chosen and of prompt +
+    rejected."""
+    columns = (pairs.prompt_token_ids, pairs.chosen_token_ids, pairs.rejected_token_ids)
+    groups = [Group(prompt, sides) for prompt, *sides in zip(*columns, strict=True)]
     # One forward for chosen and rejected: FSDP gathers the weights once per forward.
-    logps = completion_logps(model, batch.input_ids_ST.to(device), batch.completion_mask_ST.to(device))
-    chosen_logps, rejected_logps = logps.chunk(2)
+    logps = completion_logps(model, lay_out(groups, path, pad_token_id).to(device), path).view(-1, 2)
     ref_chosen_logps = torch.as_tensor(pairs.ref_chosen_logps, dtype=torch.float32, device=device)
     ref_rejected_logps = torch.as_tensor(pairs.ref_rejected_logps, dtype=torch.float32, device=device)
-    result = sigmoid_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
-    return result, logps.detach(), sum(map(len, prompts)) + sum(map(len, completions))
+    result = sigmoid_loss(logps[:, 0], logps[:, 1], ref_chosen_logps, ref_rejected_logps, beta=beta)
+    num_tokens = sum(2 * len(g.prompt) + sum(map(len, g.completions)) for g in groups)
+    return result, logps.detach().T, num_tokens
 
 
 def _metric_sums(result: PairLoss, logps: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Return sums over pairs in the order of `MEANS`, then the number of tokens."""
     margins = result.chosen_rewards - result.rejected_rewards
     per_pair = (result.losses.detach(), result.chosen_rewards, result.rejected_rewards, margins, margins > 0)
-    sums = torch.stack([values.sum(dtype=torch.float64) for values in (*per_pair, *logps.chunk(2))])
+    sums = torch.stack([values.sum(dtype=torch.float64) for values in (*per_pair, *logps)])
     return torch.cat([sums, sums.new_tensor([num_tokens])])
 
 

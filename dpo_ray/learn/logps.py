@@ -1,88 +1,108 @@
-"""Log-probabilities of completions: the one definition, used by the reference stage and by training.
+"""Log-probabilities of completions: the one definition, used by reference, train and evaluate.
 
-In: a causal language model and a batch padded on the right. Out: one sum in nats per sequence.
-Invariant: a sequence's value depends neither on padding nor on the other sequences of its batch, up to rounding.
+In: a causal language model and a `layout.Batch`. Out: one sum in nats per completion, or one value per token.
+Invariant: a completion's value depends on its prompt and itself alone, up to rounding: not on the batch, its order, its
+layout, padding or activation checkpointing.
 
-Shapes: S sequences, T tokens, K kept positions (the last ones), V vocabulary.
+Shapes: C completions, K completion tokens of the batch, H hidden size, V vocabulary.
 """
 
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-ROW_TILE = 1024
-"""Positions whose logits exist in float32 at one time."""
-IGNORED = -100
-MAX_FAST_PATH_ERROR = 1e-5
+from dpo_ray.learn import head
+from dpo_ray.learn.layout import Batch
+
+ATTACHED = "dpo_ray_token_logps"
 
 
-def completion_logps(model: PreTrainedModel, input_ids_ST: torch.Tensor, completion_mask_ST: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of each completion given its prompt: (S,) float32, sums in nats.
+class Path(NamedTuple):
+    """How a model's log-probabilities are computed; `probe.choose_path` says what is exact for it."""
 
-    No attention mask is passed: padding stands on the right, where a causal model's completion tokens do not see it,
-    and without a mask attention runs its fast causal kernel. The head runs only from the batch's earliest predicting
-    position on. The log-softmax is float32 whatever the model computes in.
-
-    Args:
-        input_ids_ST: int64, padded on the right; on the model's device.
-        completion_mask_ST: bool, True on the tokens to sum over.
-
-    Raises:
-        ValueError: a completion starts at position 0, where nothing predicts it.
-    """
-    logits_SKV, targets_SK = predictions(model, input_ids_ST, completion_mask_ST)
-    return per_token_logps(logits_SKV.flatten(0, 1), targets_SK.flatten()).view_as(targets_SK).sum(1)
+    share_prompt: bool
+    """Each prompt once (`layout.share`), or each completion in a row of its own (`layout.separate`)."""
+    tiled_head: bool
+    """The head tile by tile from its weights, or the model's own forward with the logits of all positions that count."""
 
 
-def predictions(
-    model: PreTrainedModel, input_ids_ST: torch.Tensor, completion_mask_ST: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits (S, K, V) of the kept positions and the token that each predicts, IGNORED outside completions."""
-    num_tokens = input_ids_ST.shape[1]
-    num_before = int((completion_mask_ST.any(0).cumsum(0) == 0).sum())
-    if num_before == 0:
-        raise ValueError("a completion starts at position 0; expected at least one prompt token before it")
-    num_kept = min(num_tokens - num_before + 1, num_tokens)
-    # The model's own forward, not its parts: the root's FSDP hooks, logit scaling and soft-capping belong to it.
-    logits_SKV = model(input_ids=input_ids_ST, logits_to_keep=num_kept, use_cache=False).logits
-    # Position t predicts token t + 1; the last one predicts nothing that we have.
-    targets_ST = input_ids_ST.masked_fill(~completion_mask_ST, IGNORED)
-    targets_SK = functional.pad(targets_ST[:, num_tokens - num_kept + 1 :], (0, 1), value=IGNORED)
-    return logits_SKV, targets_SK
+def completion_logps(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
+    """Return the log-probability of each completion given its prompt: (C,) float32 (float64 for a float64 model), nats."""
+    return completion_sums(token_logps(model, batch, path), batch.lengths)
 
 
-def per_token_logps(logits_RV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return float32 log-probabilities of `targets` (R,), 0 where ignored, without a float32 copy of all logits."""
-    tiles = []
-    for logits_tile, target_tile in zip(logits_RV.split(ROW_TILE), targets.split(ROW_TILE), strict=True):
-        if torch.is_grad_enabled() and logits_RV.requires_grad:
-            # Backward computes the tile's float32 softmax again instead of keeping it.
-            tiles.append(checkpoint(_tile_logps, logits_tile, target_tile, use_reentrant=False))
-        else:
-            tiles.append(_tile_logps(logits_tile, target_tile))
-    return torch.cat(tiles)
+def completion_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sum (K,) values over each completion: (C,), added up in float64 and returned in the dtype of `values`."""
+    completion = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths.to(values.device))
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
+    return sums.index_add(0, completion, values.double()).to(values.dtype)
 
 
-def _tile_logps(logits_RV: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return -functional.cross_entropy(logits_RV.float(), targets, reduction="none", ignore_index=IGNORED)
+def token_logps(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
+    """Return the log-probability (K,) of each completion token; they stand completion after completion."""
+    if path.tiled_head:
+        return _root(model)(batch)
+    logits_KV = _own_logits(model, batch)
+    return -functional.cross_entropy(
+        logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32)), batch.targets, reduction="none"
+    )
 
 
-def float32_matmul_fast_path() -> bool:
-    """Let this process use oneDNN for float32 matrix products where a probe shows that it loses no precision.
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Return the hidden states (K, H) at the positions that predict completion tokens."""
+    backbone: Any = model.base_model
+    return _kept(backbone(**_inputs(batch)).last_hidden_state, batch)
 
-    On AVX-512 that is about twice as fast and still float32. On CPUs with AMX the same setting rounds to bfloat16, on
-    GPUs to TF32 or less: there it is left alone. Returns whether it was switched on, for the whole process.
-    """
-    if torch.cuda.is_available():
-        return False
-    before = torch.get_float32_matmul_precision()
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 1024, generator=generator) for _ in range(2))
-    exact = left.double() @ right.double().T
-    torch.set_float32_matmul_precision("medium")
-    error = ((left @ right.T).double() - exact).norm() / exact.norm()
-    if error < MAX_FAST_PATH_ERROR:
-        return True
-    torch.set_float32_matmul_precision(before)
-    return False
+
+def logits_in_tiles(model: PreTrainedModel, batch: Batch, path: Path, rows: int) -> Iterator[torch.Tensor]:
+    """Yield the logits behind `hidden_states`, `rows` positions at a time, in float32. Without gradients, not sharded."""
+    if path.tiled_head:
+        own = head.head_of(model)
+        for hidden_KH in hidden_states(model, batch).split(rows):
+            yield head.tile_logits(hidden_KH, own)
+    else:
+        for logits_KV in _own_logits(model, batch).split(rows):
+            yield logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Make head and backbone one forward of the sharded root, so that FSDP gathers its weights, tied ones too, once."""
+    setattr(model, ATTACHED, types.MethodType(_token_logps, model))
+    register_fsdp_forward_method(model, ATTACHED)
+
+
+def _root(model: PreTrainedModel) -> Any:
+    return getattr(model, ATTACHED, None) or types.MethodType(_token_logps, model)
+
+
+def _token_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return head.token_logps(hidden_states(model, batch), batch.targets, head.head_of(model))
+
+
+def _own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Return the logits (K, V) by the model's own forward, whatever stands behind its head."""
+    rows, width = batch.input_ids_ST.shape
+    columns = torch.unique(batch.kept % width)
+    logits: Any = model(**_inputs(batch), logits_to_keep=columns).logits
+    place = torch.searchsorted(columns, batch.kept % width)
+    return logits.reshape(rows * len(columns), -1)[(batch.kept // width) * len(columns) + place]
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """No attention mask for separate rows: padding stands on the right, where a causal model's completion tokens do not
+    see it, and without a mask attention runs its fast causal kernel."""
+    return {
+        "input_ids": batch.input_ids_ST,
+        "position_ids": batch.position_ids_ST,
+        "attention_mask": batch.attention,
+        "use_cache": False,
+    }
+
+
+def _kept(hidden_STH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return hidden_STH.flatten(0, 1).index_select(0, batch.kept)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.learn.export import export_policy as export_policy
+from dpo_ray.learn.logps import attach
 from dpo_ray.learn.policy_files import check_policy_directory as check_policy_directory
 from dpo_ray.learn.policy_files import policy_identity as policy_identity
 
@@ -79,6 +80,7 @@ def shard(
     for layer in _decoder_layers(model, activation_checkpointing):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    attach(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

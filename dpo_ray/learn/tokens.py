@@ -1,31 +1,16 @@
-"""From chat messages to token ids, and from token ids to a padded batch.
+"""From chat messages, and completions written outside, to token ids.
 
-In: messages, or ids as the engine returned them. Out: ids, `Batch`.
-Invariant: sampled text is never tokenised again; `collate` puts the given ids into the batch unchanged.
-
-Shapes: S sequences, T tokens (of the longest sequence).
+In: messages or text. Out: ids.
+Invariant: sampled text never comes here; its ids travel from the engine to the batch (`layout`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jinja2
-import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_ray.errors import ConfigError
-
-TokenIds = Sequence[int] | np.ndarray
-
-
-class Batch(NamedTuple):
-    """Sequences of prompt and completion, padded on the right."""
-
-    input_ids_ST: torch.Tensor
-    """int64."""
-    completion_mask_ST: torch.Tensor
-    """bool; True on completion tokens, False on the prompt and on padding."""
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -136,28 +121,3 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return cast(int, token_id)
     raise ConfigError(f"tokenizer {tokenizer.name_or_path} has neither a padding nor an end token; set its pad_token")
-
-
-def collate(
-    prompt_token_ids: Sequence[TokenIds],
-    completion_token_ids: Sequence[TokenIds],
-    pad_token_id: int,
-) -> Batch:
-    """Join prompts and completions into one batch, ids exactly as given, padded on the right.
-
-    Raises:
-        ValueError: an empty prompt or completion. The first completion token is predicted from the prompt's last.
-    """
-    sequences, prompt_lengths = [], []
-    for row, (prompt, completion) in enumerate(zip(prompt_token_ids, completion_token_ids, strict=True)):
-        if len(prompt) == 0 or len(completion) == 0:
-            raise ValueError(f"sequence {row} has {len(prompt)} prompt and {len(completion)} completion tokens; need >= 1")
-        sequences.append(np.concatenate([np.asarray(prompt, np.int64), np.asarray(completion, np.int64)]))
-        prompt_lengths.append(len(prompt))
-    lengths = np.array([len(ids) for ids in sequences], np.int64)
-    input_ids_ST = np.full((len(sequences), lengths.max(initial=0)), pad_token_id, np.int64)
-    for row, ids in enumerate(sequences):
-        input_ids_ST[row, : len(ids)] = ids
-    positions_T = np.arange(input_ids_ST.shape[1])
-    mask_ST = (positions_T >= np.array(prompt_lengths, np.int64)[:, None]) & (positions_T < lengths[:, None])
-    return Batch(torch.from_numpy(input_ids_ST), torch.from_numpy(mask_ST))

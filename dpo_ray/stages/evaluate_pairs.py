@@ -14,7 +14,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
 
 from dpo_ray import ranking
-from dpo_ray.config import PreferenceRun
+from dpo_ray.config import ActorResources, PreferenceRun, Train
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files
@@ -90,7 +90,7 @@ def _evaluate(config: PreferenceRun, context: StageContext, steps: Steps) -> Sta
     compared = run_parts(
         lambda ds: ds.map_batches(
             _CompareActor,
-            fn_constructor_args=(policy, reference, config.train.dtype, block.max_batch_tokens, block.resources),
+            fn_constructor_args=(policy, reference, config.train, block.max_batch_tokens, block.resources),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(min_size=block.resources.min_actors, max_size=block.resources.max_actors),
@@ -152,10 +152,12 @@ def _parts(directory: str, files: list[FileRecord], rows_per_part: int) -> list[
 class _CompareActor:
     """Holds the policy and its reference in a Ray Data actor."""
 
-    def __init__(self, policy: PolicyRef, reference: PolicyRef, dtype: str, max_batch_tokens: int, resources: Any) -> None:
+    def __init__(
+        self, policy: PolicyRef, reference: PolicyRef, train: Train, max_batch_tokens: int, resources: ActorResources
+    ) -> None:
         import torch
 
-        from dpo_ray.learn.logps import float32_matmul_fast_path
+        from dpo_ray.learn.matmul import float32_matmul_fast_path
         from dpo_ray.learn.policy import load_policy
         from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
 
@@ -164,27 +166,37 @@ class _CompareActor:
         self.models: list[Any] = []
         for ref in (policy, reference):
             where: dict[str, Any] = {"revision": ref.revision, "trust_remote_code": ref.trust_remote_code}
-            model: Any = load_policy(local_path(ref), dtype=getattr(torch, dtype), **where)
+            model: Any = load_policy(local_path(ref), dtype=getattr(torch, train.dtype), **where)
             self.models.append(model.to("cuda" if resources.gpus else "cpu"))
         self.pad = pad_token_id(load_tokenizer(local_path(policy), policy.revision, policy.trust_remote_code))
-        self.max_batch_tokens = max_batch_tokens
+        self.train, self.max_batch_tokens = train, max_batch_tokens
+        self.paths: list[Any] = []
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        from dpo_ray.learn.batched import group_tokens
         from dpo_ray.learn.compare import compare_completions
+        from dpo_ray.learn.layout import Group
+        from dpo_ray.learn.probe import choose_path
 
-        prompts = table["prompt_token_ids"].to_pylist()
         openings = [
             split_group(messages, key, "conversation")
             for messages, key in zip(table["prompt"].to_pylist(), table["prompt_id"].to_pylist(), strict=True)
         ]
         table = table.append_column("opening", pa.array(openings, pa.string()))
-        for side in SIDES:
-            completions = table[f"{side}_token_ids"].to_pylist()
-            policy, reference = self.models
-            compared = compare_completions(
-                policy, reference, prompts, completions, max_batch_tokens=self.max_batch_tokens, pad_token_id=self.pad
-            )
-            values = [*zip(*compared, strict=True), [float(len(ids)) for ids in completions]]
-            for measure, column in zip(MEASURES, values, strict=True):
-                table = table.append_column(f"{side}_{measure}", pa.array(column, pa.float64()))
+        sides = [table[f"{side}_token_ids"].to_pylist() for side in SIDES]
+        groups = [Group(p, own) for p, *own in zip(table["prompt_token_ids"].to_pylist(), *sides, strict=True)]
+        if groups and not self.paths:
+            longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
+            self.paths = [
+                choose_path(model, longest, pad_token_id=self.pad, share_prompt=self.train.share_prompt)
+                for model in self.models
+            ]
+        policy, reference = self.models
+        compared = compare_completions(
+            policy, reference, groups, self.paths, max_batch_tokens=self.max_batch_tokens, pad_token_id=self.pad
+        )
+        for i, side in enumerate(SIDES):
+            rows = [(*pair[i], float(len(group.completions[i]))) for pair, group in zip(compared, groups, strict=True)]
+            for m, measure in enumerate(MEASURES):
+                table = table.append_column(f"{side}_{measure}", pa.array([row[m] for row in rows], pa.float64()))
         return table

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset
@@ -23,6 +23,15 @@ from dpo_ray.schemas import REFERENCED
 
 VERSION = 1
 GRAIN = Grain("pair_id", "pair_id", REFERENCED)
+Ids = tuple[int, ...]
+
+
+class How(NamedTuple):
+    """How log-probabilities are computed."""
+
+    dtype: str
+    share_prompt: Literal["auto", "always", "never"]
+    max_batch_tokens: int
 
 
 def stage(config: Run, round_: int, reference: str) -> Stage:
@@ -34,7 +43,7 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
         columns = {"chosen_token_ids": "ref_chosen_logps", "rejected_token_ids": "ref_rejected_logps"}
 
         def add(ds: Dataset) -> Dataset:
-            ds = add_logps(ds, policy, config.train.dtype, columns, block.max_batch_tokens, block.resources)
+            ds = add_logps(ds, policy, how(config), columns, block.resources)
             name = functools.partial(_name_reference, identity=policy.identity)
             return ds.map_batches(name, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
 
@@ -58,18 +67,16 @@ def needs(config: Run) -> Needs:
     return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor", beside=0.25)
 
 
-def add_logps(
-    ds: Dataset,
-    policy: PolicyRef,
-    dtype: str,
-    columns: dict[str, str],
-    max_batch_tokens: int,
-    resources: ActorResources,
-) -> Dataset:
+def how(config: Run) -> How:
+    """What training and evaluation must have in common with this stage."""
+    return How(config.train.dtype, config.train.share_prompt, config.reference.max_batch_tokens)
+
+
+def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str], resources: ActorResources) -> Dataset:
     """For each (completion column -> output column), add the completion's log-probability under `policy`, in nats."""
     return ds.map_batches(
         _LogpsActor,
-        fn_constructor_args=(policy, dtype, columns, max_batch_tokens, resources.gpus > 0, resources.cpus),
+        fn_constructor_args=(policy, how, columns, resources.gpus > 0, resources.cpus),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
@@ -91,12 +98,10 @@ def _name_reference(table: pa.Table, identity: str) -> pa.Table:
 class _LogpsActor:
     """Holds one policy in a Ray Data actor."""
 
-    def __init__(
-        self, policy: PolicyRef, dtype: str, columns: dict[str, str], max_batch_tokens: int, use_gpu: bool, cpus: float
-    ) -> None:
+    def __init__(self, policy: PolicyRef, how: How, columns: dict[str, str], use_gpu: bool, cpus: float) -> None:
         import torch
 
-        from dpo_ray.learn.logps import float32_matmul_fast_path
+        from dpo_ray.learn.matmul import float32_matmul_fast_path
         from dpo_ray.learn.policy import load_policy
         from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
 
@@ -104,28 +109,44 @@ class _LogpsActor:
         float32_matmul_fast_path()
         path = local_path(policy)
         where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        model: Any = load_policy(path, dtype=getattr(torch, dtype), **where)
+        model: Any = load_policy(path, dtype=getattr(torch, how.dtype), **where)
         self.model = model.to("cuda" if use_gpu else "cpu")
         self.pad = pad_token_id(load_tokenizer(path, **where))
-        self.columns, self.max_batch_tokens = columns, max_batch_tokens
+        self.how, self.columns = how, columns
+        self.path: Any = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        prompts = table["prompt_token_ids"].to_pylist()
+        prompts = [tuple(ids) for ids in table["prompt_token_ids"].to_pylist()]
+        sides = {source: [tuple(ids) for ids in table[source].to_pylist()] for source in self.columns}
+        logps = self._logps({pair for completions in sides.values() for pair in zip(prompts, completions, strict=True)})
         for source, target in self.columns.items():
-            table = table.append_column(target, pa.array(self._logps(table, prompts, source), pa.float32()))
+            values = [logps[pair] for pair in zip(prompts, sides[source], strict=True)]
+            for key, value in zip(table.column(0).to_pylist(), values, strict=True):
+                if not (math.isfinite(value) and value <= 0.0):
+                    raise StageError(
+                        f"reference: {source} of {key} has the log-probability {value}; expected a finite value <= 0"
+                    )
+            table = table.append_column(target, pa.array(values, pa.float32()))
         return table
 
-    def _logps(self, table: pa.Table, prompts: list[list[int]], source: str) -> Sequence[float]:
-        from dpo_ray.learn.batched import score_completions
+    def _logps(self, wanted: Iterable[tuple[Ids, Ids]]) -> dict[tuple[Ids, Ids], float]:
+        """The log-probability of each (prompt, completion), every prompt computed once where the model allows it."""
+        from dpo_ray.learn.batched import group_tokens, score_groups
+        from dpo_ray.learn.layout import Group
+        from dpo_ray.learn.probe import choose_path
 
-        logps = score_completions(
-            self.model,
-            prompts,
-            table[source].to_pylist(),
-            max_batch_tokens=self.max_batch_tokens,
-            pad_token_id=self.pad,
-        )
-        for key, value in zip(table.column(0).to_pylist(), logps, strict=True):
-            if not (math.isfinite(value) and value <= 0.0):
-                raise StageError(f"reference: {source} of {key} has the log-probability {value}; expected a finite value <= 0")
-        return logps
+        completions: dict[Ids, list[Ids]] = {}
+        for prompt, completion in sorted(wanted):
+            completions.setdefault(prompt, []).append(completion)
+        groups = [Group(prompt, own) for prompt, own in completions.items()]
+        if not groups:
+            return {}
+        if self.path is None:
+            longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
+            self.path = choose_path(self.model, longest, pad_token_id=self.pad, share_prompt=self.how.share_prompt)
+        values = score_groups(self.model, groups, self.path, max_batch_tokens=self.how.max_batch_tokens, pad_token_id=self.pad)
+        return {
+            (prompt, completion): value
+            for (prompt, own), logps in zip(completions.items(), values, strict=True)
+            for completion, value in zip(own, logps, strict=True)
+        }

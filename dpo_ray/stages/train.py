@@ -43,7 +43,7 @@ def stage(config: Run, round_: int, start: str) -> Stage:
         version=VERSION,
         config={
             "seed": config.seed,
-            **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens"}),
+            **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens", "share_prompt"}),
         },
         inputs={"pairs": f"round_{round_:02d}/reference", "policy": start},
         run=lambda context: _train(config, round_, context),
@@ -133,7 +133,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import checkpoint, dpo, logps, optim
+    from dpo_ray.learn import checkpoint, dpo, matmul, optim
 
     config: Run = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
@@ -142,12 +142,12 @@ def _worker(arguments: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(block.resources.cpus)))
-        logps.float32_matmul_fast_path()
+        matmul.float32_matmul_fast_path()
     torch.manual_seed(config.seed)
 
-    model, optimizer, pad_token_id = _load(start, block, device, world_size)
     table = PairTable(arguments["tables"])
-    plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"])
+    model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
+    plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
     done = 0
     if latest := ray.train.get_checkpoint():
         with latest.as_directory() as saved:
@@ -159,6 +159,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         optimizer,
         table.fetch,
         plan,
+        path,
         beta=block.beta,
         learning_rate_for=lambda step: optim.learning_rate_at(
             step, len(plan), peak=block.learning_rate, warmup_ratio=block.warmup_ratio, schedule=block.schedule
@@ -187,16 +188,20 @@ def _worker(arguments: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def _load(start: PolicyRef, block: Train, device: Any, world_size: int) -> tuple[Any, Any, int]:
-    """The policy with float32 master weights, sharded over all workers, its optimizer, and the token that pads."""
+def _load(start: PolicyRef, block: Train, device: Any, world_size: int, longest: Any) -> tuple[Any, Any, Any, int]:
+    """The policy with float32 master weights, sharded over all workers, its optimizer, its path and the token that pads."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    from dpo_ray.learn import optim, policy, tokens
+    from dpo_ray.learn import optim, policy, probe, tokens
 
     path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
+    pad_token_id = tokens.pad_token_id(tokens.load_tokenizer(path, **where))
+    whole: Any = policy.load_policy(path, dtype=torch.float32, **where)
+    whole.to(device)
+    chosen = probe.choose_path(whole, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt)
     model = policy.shard(
-        policy.load_policy(path, dtype=torch.float32, **where).to(device),
+        whole,
         init_device_mesh(device.type, (world_size,)),
         compute_dtype=getattr(torch, block.dtype),
         activation_checkpointing=block.activation_checkpointing,
@@ -204,7 +209,7 @@ def _load(start: PolicyRef, block: Train, device: Any, world_size: int) -> tuple
     optimizer = optim.build_optimizer(
         model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
     )
-    return model, optimizer, tokens.pad_token_id(tokens.load_tokenizer(path, **where))
+    return model, optimizer, chosen, pad_token_id
 
 
 def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: int) -> None:
@@ -225,9 +230,8 @@ class PairTable:
 
     def __init__(self, uris: Sequence[str]) -> None:
         self.table = pa.concat_tables(read_table(uri, COLUMNS) for uri in uris).combine_chunks()
-        prompt = pc.list_value_length(self.table["prompt_token_ids"]).to_numpy()
-        sides = [pc.list_value_length(self.table[c]).to_numpy() for c in ("chosen_token_ids", "rejected_token_ids")]
-        self.lengths = np.stack([prompt + side for side in sides], axis=1)
+        columns = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+        self.lengths = np.stack([pc.list_value_length(self.table[c]).to_numpy() for c in columns], axis=1)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -239,8 +243,15 @@ class PairTable:
         taken = self.table.take(rows)
         return PairRows(**{c: taken[c].to_pylist() for c in COLUMNS})
 
+    def longest(self) -> Any:
+        """The pair with the most tokens, as learn.layout.Group."""
+        from dpo_ray.learn.layout import Group
 
-def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int) -> list[Any]:
+        (pair,) = zip(*self.fetch([int(self.lengths.sum(axis=1).argmax())])[1:4], strict=True)
+        return Group(pair[0], pair[1:])
+
+
+def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> list[Any]:
     """Every step of every epoch: per rank a list of micro-batches of row indices."""
     from dpo_ray.learn.batches import plan_epoch
 
@@ -254,6 +265,7 @@ def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int)
             max_batch_tokens=block.max_batch_tokens,
             seed=seed,
             epoch=epoch,
+            share_prompt=share_prompt,
         )
     ]
 

@@ -6,8 +6,8 @@ import torch
 
 from dpo_ray.errors import NonFiniteLossError
 from dpo_ray.learn.dpo import PairRows
+from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
-from dpo_ray.learn.tokens import collate
 
 from . import tiny, training
 
@@ -15,11 +15,9 @@ from . import tiny, training
 def under(model, pairs: PairRows) -> PairRows:
     """Return the pairs with their reference log-probabilities under `model`, scored in one batch of their own."""
 
-    def score(completions):
-        with torch.no_grad():
-            return completion_logps(model, *collate(pairs.prompt_token_ids, completions, tiny.PAD)).tolist()
-
-    return pairs._replace(ref_chosen_logps=score(pairs.chosen_token_ids), ref_rejected_logps=score(pairs.rejected_token_ids))
+    with torch.no_grad():
+        logps = completion_logps(model, share(tiny.pair_groups(pairs)), training.PATH).view(-1, 2).T.tolist()
+    return pairs._replace(ref_chosen_logps=logps[0], ref_rejected_logps=logps[1])
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_dpo_steps_metrics_are_means_over_the_global_batch(model):
         "rewards/accuracies": (margins > 0).mean(),
         "logps/chosen": chosen.mean(),
         "logps/rejected": rejected.mean(),
-        "num_tokens": tiny.pair_lengths(pairs).sum(),
+        "num_tokens": (tiny.pair_lengths(pairs) * [2, 1, 1]).sum(),  # prompt + chosen, and prompt + rejected
         "learning_rate": 1e-3,
     }
     (metrics,) = training.train(model, training.build_adamw(model), pairs, training.plan(pairs, 1, 40, batch_size=3))
@@ -90,7 +88,7 @@ def test_dpo_steps_metrics_are_means_over_the_global_batch(model):
 def test_dpo_steps_gradients_do_not_depend_on_micro_batches(model):
     """Global batches of 8 and 5 pairs, in one micro-batch or in many. Largest relative error measured: 6e-7."""
     want = training.gradients(model, PAIRS, training.plan(PAIRS, 1, training.ONE_MICRO_BATCH, batch_size=8))
-    plan = training.plan(PAIRS, 1, 60, batch_size=8)
+    plan = training.plan(PAIRS, 1, 30, batch_size=8)
     assert [len(step[0]) for step in plan] > [2, 2]
     got = training.gradients(model, PAIRS, plan)
     assert [training.relative_error(g, w) < 1e-5 for g, w in zip(got, want, strict=True)] == [True, True]
@@ -105,10 +103,12 @@ def test_dpo_steps_empty_micro_batch_changes_nothing(model):
 
 def test_dpo_steps_put_sampled_ids_into_the_forward_unchanged(model):
     seen = []
-    model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
     pairs = PairRows(["a"], [[5, 6]], [[7, 7]], [[8]], [-9.0], [-4.0])
     training.train(model, training.build_adamw(model), pairs, [[[[0]]]])
-    assert seen == [[[5, 6, 7, 7], [5, 6, 8, tiny.PAD]]]
+    assert seen == [[[5, 6, 7, 7, 8]]]
 
 
 def test_dpo_steps_apply_the_learning_rate_of_each_step_from_start_step_on(model):

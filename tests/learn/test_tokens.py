@@ -1,12 +1,7 @@
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.learn.tokens import (
-    collate,
     load_tokenizer,
     pad_token_id,
     render_prompt,
@@ -91,39 +86,6 @@ def test_pad_token_id_falls_back_to_the_end_token():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="neither"):
         pad_token_id(tokenizer)
-
-
-def test_collate_pads_right_and_masks_completions_only():
-    batch = collate([[5, 6], [7]], [[8, 9], [10]], pad_token_id=0)
-    assert batch.input_ids_ST.tolist() == [[5, 6, 8, 9], [7, 10, 0, 0]]
-    assert batch.completion_mask_ST.tolist() == [[False, False, True, True], [False, True, False, False]]
-    assert (batch.input_ids_ST.dtype, batch.completion_mask_ST.dtype) == (torch.int64, torch.bool)
-
-
-def test_collate_masks_by_position_not_by_id():
-    """An end token inside the completion counts although padding uses the same id."""
-    batch = collate([[5], [5]], [[2], [6, 2]], pad_token_id=2)
-    assert batch.completion_mask_ST.tolist() == [[False, True, False], [False, True, True]]
-
-
-def test_collate_keeps_ids_that_text_would_not_give_back():
-    """The tokenizer merges a + b, so [a, b] decodes to "ab", which encodes to [ab]."""
-    bpe = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    sampled = [0, 1]
-    assert tokenizer.encode("".join(tokenizer.convert_ids_to_tokens(sampled))) == [2]
-    assert collate([[2]], [sampled], pad_token_id=0).input_ids_ST.tolist() == [[2, 0, 1]]
-
-
-def test_collate_takes_arrow_and_numpy_vectors():
-    batch = collate([np.array([5, 6], np.int32)], [np.array([7], np.uint16)], pad_token_id=0)
-    assert batch.input_ids_ST.tolist() == [[5, 6, 7]]
-
-
-@pytest.mark.parametrize(("prompt", "completion"), [([], [5]), ([5], [])])
-def test_collate_refuses_an_empty_side(prompt, completion):
-    with pytest.raises(ValueError, match="sequence 1"):
-        collate([[5], prompt], [[6], completion], pad_token_id=0)
 
 
 # Completions written outside

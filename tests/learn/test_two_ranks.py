@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 
 from dpo_ray.errors import NonFiniteLossError
+from dpo_ray.learn import attention
 from dpo_ray.learn.checkpoint import load_checkpoint, save_checkpoint
 from dpo_ray.learn.export import export_policy
+from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
 from dpo_ray.learn.policy import load_policy
-from dpo_ray.learn.tokens import collate
 
 from . import tiny, training
 
@@ -70,7 +71,7 @@ def resumed(policies, mesh, root: Path):
 def bfloat16_logps(path: str, mesh):
     model = training.build(path, mesh, compute_dtype=torch.bfloat16)
     with torch.no_grad():
-        return completion_logps(model, *collate(PAIRS.prompt_token_ids, PAIRS.chosen_token_ids, tiny.PAD))
+        return completion_logps(model, share(tiny.pair_groups(PAIRS)), training.PATH)
 
 
 def non_finite_message(policies, mesh) -> str:
@@ -155,7 +156,9 @@ def test_two_ranks_step_of_one_pair_equals_one_process(results, policies):
 
 def test_two_ranks_export_reloads_to_the_trained_logits(results, root, policies):
     exported = root / "exported"
-    logits = load_policy(str(exported), dtype=torch.float32)(input_ids=IDS_ST).logits
+    reloaded = load_policy(str(exported), dtype=torch.float32)
+    reloaded.set_attn_implementation(attention.NAME)
+    logits = reloaded(input_ids=IDS_ST).logits
     torch.testing.assert_close(logits, results[0]["trained"][1], rtol=1e-6, atol=1e-6)
     weights = load_file(exported / "model.safetensors")
     assert "lm_head.weight" not in weights
@@ -185,8 +188,9 @@ def test_two_ranks_checkpoint_resumes_on_one(results, root, policies):
 def test_two_ranks_bfloat16_training_starts_at_the_bfloat16_reference(results, policies):
     """Reference: weights loaded in bfloat16. Policy: float32 weights, cast by FSDP. Same kernels: equal to the bit."""
     reference = load_policy(policies["qwen2"], dtype=torch.bfloat16)
+    reference.set_attn_implementation(attention.NAME)
     with torch.no_grad():
-        want = completion_logps(reference, *collate(PAIRS.prompt_token_ids, PAIRS.chosen_token_ids, tiny.PAD))
+        want = completion_logps(reference, share(tiny.pair_groups(PAIRS)), training.PATH)
     assert torch.equal(results[0]["bfloat16"], want)
 
 

@@ -6,18 +6,32 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BloomConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo_ray.learn.dpo import PairRows
+from dpo_ray.learn.layout import Group
 
 VOCAB_SIZE = 101
 """Odd and prime, so that no number of ranks divides it."""
@@ -58,9 +72,44 @@ def configs() -> dict[str, PreTrainedConfig]:
     }  # fmt: skip
 
 
+def more_configs() -> dict[str, PreTrainedConfig]:
+    """Return one config for each further way to attend, to place tokens, or to make logits."""
+    ids = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.2}
+    small = {**ids, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return {
+        "qwen3": Qwen3Config(**DECODER, head_dim=8),
+        "mistral": MistralConfig(**DECODER, sliding_window=4),
+        "mixtral": MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2),
+        "qwen3_moe": Qwen3MoeConfig(**DECODER, **experts, num_experts=4),
+        "gpt_neox": GPTNeoXConfig(**small, intermediate_size=48, max_position_embeddings=64),
+        # A head with a bias; rotary embeddings on a part of each head.
+        "phi": PhiConfig(**{**DECODER, "num_key_value_heads": 4}),
+        # Logits scaled behind the head.
+        "cohere": CohereConfig(**DECODER, logit_scale=0.25),
+        "granite": GraniteConfig(**DECODER, logits_scaling=3.0),
+        # Learned positions with an offset.
+        "opt": OPTConfig(
+            **{k: v for k, v in small.items() if k != "initializer_range"}, init_std=0.2, ffn_dim=48,
+            word_embed_proj_dim=32, max_position_embeddings=64,
+        ),
+        # What the shared layout cannot give: ALiBi, attention sinks, a state that runs on.
+        "bloom": BloomConfig(**ids, hidden_size=32, n_layer=2, n_head=4),
+        "gpt_oss": GptOssConfig(**DECODER, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+        "mamba2": Mamba2Config(**small, num_heads=8, head_dim=8, state_size=8, n_groups=1),
+        "qwen3_next": Qwen3NextConfig(
+            **{**DECODER, "num_hidden_layers": 4}, **experts, num_experts=4, shared_expert_intermediate_size=16,
+            linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        ),
+    }  # fmt: skip
+
+
+NOT_SHARED = {"bloom", "gpt_oss", "mamba2", "qwen3_next"}
+
+
 def build_model(name: str, seed: int = 0) -> PreTrainedModel:
     """Return a random float32 model in eval mode."""
-    config = configs()[name]
+    config = (configs() | more_configs())[name]
     config.dtype = torch.float32
     torch.manual_seed(seed)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
@@ -107,9 +156,15 @@ def take(pairs: PairRows, rows: list[int]) -> PairRows:
 
 
 def pair_lengths(pairs: PairRows) -> np.ndarray:
-    """Return the (pairs, 2) tokens of prompt + chosen and prompt + rejected."""
-    columns = zip(pairs.prompt_token_ids, pairs.chosen_token_ids, pairs.rejected_token_ids, strict=True)
-    return np.array([(len(p) + len(c), len(p) + len(r)) for p, c, r in columns])
+    """Return the (pairs, 3) tokens of prompt, chosen and rejected."""
+    columns = (pairs.prompt_token_ids, pairs.chosen_token_ids, pairs.rejected_token_ids)
+    return np.array([[len(ids) for ids in row] for row in zip(*columns, strict=True)])
+
+
+def pair_groups(pairs: PairRows) -> list[Group]:
+    """Return each pair as a prompt with its two completions."""
+    columns = (pairs.prompt_token_ids, pairs.chosen_token_ids, pairs.rejected_token_ids)
+    return [Group(prompt, sides) for prompt, *sides in zip(*columns, strict=True)]
 
 
 def naive_logps(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> float:

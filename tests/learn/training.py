@@ -7,20 +7,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo_ray.learn import attention
 from dpo_ray.learn.batches import Step, plan_epoch
 from dpo_ray.learn.dpo import PairRows, dpo_steps
+from dpo_ray.learn.logps import Path
 from dpo_ray.learn.optim import build_optimizer
 from dpo_ray.learn.policy import load_policy, shard
 
 from . import tiny
 
 BETA = 0.1
+PATH = Path(share_prompt=True, tiled_head=True)
 ONE_MICRO_BATCH = 10**6
 
 
 def build(path: str, mesh: DeviceMesh | None, **options) -> PreTrainedModel:
     """Load a policy in float32 and shard it if there is a mesh."""
     model = load_policy(path, dtype=torch.float32)
+    model.set_attn_implementation(attention.NAME)
     return shard(model, mesh, **{"compute_dtype": torch.float32, **options}) if mesh else model
 
 
@@ -48,7 +52,7 @@ def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_ste
     defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
     defaults |= {"beta": BETA, "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
-    return list(dpo_steps(model, optimizer, fetch, steps, start_step=start_step, **(defaults | options)))
+    return list(dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options)))
 
 
 class GradientRecorder(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.learn.dpo import dpo_steps
+from dpo_ray.learn.logps import Path
 from dpo_ray.learn.optim import build_optimizer, learning_rate_at
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.learn.policy_files import policy_identity
@@ -62,7 +63,7 @@ def test_pair_table_lengths_are_those_of_prompt_and_completion(table):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_plan_steps_every_epoch_has_every_row_once_in_global_batches(table, world_size):
-    plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0)
+    plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
     batches = [sorted(row for micro in step for batch in micro for row in batch) for step in plan]
     assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
     for epoch in (batches[:3], batches[3:]):
@@ -72,7 +73,7 @@ def test_plan_steps_every_epoch_has_every_row_once_in_global_batches(table, worl
 
 def test_plan_steps_pairs_of_a_step_do_not_depend_on_the_number_of_workers(table):
     def pairs(world_size):
-        plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0)
+        plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
         return [sorted(row for micro in step for batch in micro for row in batch) for step in plan]
 
     assert pairs(1) == pairs(2) == pairs(3)
@@ -116,7 +117,7 @@ def alone(policy):
     block = Train.model_validate(BLOCK)
     model = load_policy(policy.path, dtype=torch.float32)
     pairs = referenced(policy)
-    plan = plan_steps(tiny.pair_lengths(PAIRS), block, 1, seed=0)
+    plan = plan_steps(tiny.pair_lengths(PAIRS), block, 1, seed=0, share_prompt=True)
 
     def fetch(indices):
         taken = pairs.take(indices)
@@ -127,6 +128,7 @@ def alone(policy):
         build_optimizer(model, learning_rate=block.learning_rate, weight_decay=0.0, betas=block.adam_betas),
         fetch,
         plan,
+        Path(share_prompt=False, tiled_head=False),
         beta=block.beta,
         learning_rate_for=lambda step: learning_rate_at(
             step, len(plan), peak=block.learning_rate, warmup_ratio=0.1, schedule="cosine"
