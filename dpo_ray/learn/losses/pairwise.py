@@ -123,7 +123,11 @@ def discopop(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float | None = None,
 ) -> torch.Tensor:
-    """DiscoPOP: (1 - m) (-log sigmoid(z)) + m exp(-z), m = sigmoid(z / tau), z = beta delta; Eq. 5, arXiv:2406.08414."""
+    """DiscoPOP: (1 - m) (-log sigmoid(z)) + m exp(-z), m = sigmoid(z / tau), z = beta delta; Eq. 5, arXiv:2406.08414.
+
+    Not convex: at z = 0, where training starts, its slope is (1 - ln 2) / (4 tau) - 3 / 4, which is positive below tau = 0.1:
+    small margins fall before they rise.
+    """
     logits = beta * _delta(logps, f_divergence_type, f_alpha_divergence_coef)
     modulation = torch.sigmoid(logits / discopop_tau)
     # m exp(-z) in one exponential: as a product it is 0 * inf = NaN for very negative z, as it is in TRL.
