@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_ray.config.block import Block, Dtype
+from dpo_ray.config.losses import Loss, loss_list, loss_terms
 from dpo_ray.config.resources import ActorResources, DataResources, EngineResources, TrainResources
 
 
@@ -158,9 +159,15 @@ class Reference(Block):
 class Train(Block):
     """DPO with FSDP2 on Ray Train."""
 
-    loss: Literal["sigmoid"] = "sigmoid"
+    loss: tuple[Loss, ...] = Field(default="sigmoid", validate_default=True)
+    """A name, a block with its options ({kind: robust, label_smoothing: 0.1}), or a list of them: a weighted sum. Which
+    losses there are, and their options: dpo_ray/config/losses.py."""
     beta: float = Field(gt=0)
-    """Strength of the pull to the reference (Eq. 7, arXiv:2305.18290)."""
+    """Strength of the pull to the reference (Eq. 7, arXiv:2305.18290), shared by the losses of a sum."""
+    wpo: bool = False
+    """Weigh each pair by how likely the policy is to sample it today (arXiv:2406.11827)."""
+    ld_alpha: float | None = Field(default=None, ge=0, lt=1)
+    """LD-DPO: weight of the tokens that one completion of a pair has more than the other (arXiv:2409.06411)."""
     learning_rate: float = Field(gt=0)
     global_batch_size: int = Field(default=64, ge=1)
     """Pairs of one optimizer step, over all workers and micro-batches."""
@@ -184,6 +191,63 @@ class Train(Block):
     checkpoint_steps: int = Field(default=100, ge=1)
     """Steps between two checkpoints for resume."""
     resources: TrainResources = TrainResources()
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def one_loss_is_short_for_a_sum(cls, value: Any) -> Any:
+        return loss_list(value)
+
+    @model_validator(mode="after")
+    def some_loss_uses_beta(self) -> Train:
+        if not any(loss.uses_beta for loss in self.loss):
+            raise ValueError(f"beta would be ignored: loss {self._names()} does not use it; add a preference loss")
+        return self
+
+    @model_validator(mode="after")
+    def sorting_losses_see_the_whole_batch(self) -> Train:
+        sorting = [loss.name() for loss in self.loss if loss.sorts_global_batch]
+        if sorting and self.resources.workers > 1:
+            raise ValueError(
+                f"loss {', '.join(sorting)} sorts the whole global batch, got workers={self.resources.workers}; set "
+                "resources.workers to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def wpo_weighs_losses_of_pairs(self) -> Train:
+        others = [loss.name() for loss in self.loss if loss.sorts_global_batch or not loss.uses_beta]
+        if self.wpo and others:
+            raise ValueError(
+                f"wpo weighs the loss of each pair, and {', '.join(others)} has none: sorting losses mix pairs, sft is of "
+                "chosen alone; take out either"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def desensitising_needs_a_reference(self) -> Train:
+        others = [loss.name() for loss in self.loss if loss.uses_beta and not loss.needs_reference]
+        if self.ld_alpha is not None and others:
+            raise ValueError(
+                f"ld_alpha scales log-ratios to the reference, and {', '.join(others)} averages plain log-probabilities over "
+                "tokens; take out either"
+            )
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(loss.needs_reference for loss in self.loss)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether pairs without scores cannot be trained on."""
+        return any(loss.needs_scores for loss in self.loss)
+
+    def terms(self) -> tuple[tuple[str, float, dict[str, Any]], ...]:
+        """(name, weight, options) of each loss, for `dpo_ray.learn.losses.Term`."""
+        return loss_terms(self.loss)
+
+    def _names(self) -> str:
+        return ", ".join(loss.name() for loss in self.loss)
 
     @model_validator(mode="after")
     def global_batch_divides_over_workers(self) -> Train:
