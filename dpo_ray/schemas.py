@@ -94,6 +94,8 @@ REFERENCED = pa.schema(
         _required("ref_chosen_logps", pa.float32()),  # sums over the completion, nats
         _required("ref_rejected_logps", pa.float32()),
         _required("reference_id", pa.string()),
+        pa.field("ref_chosen_token_logps", pa.list_(pa.float32())),  # of each token, where asked for
+        pa.field("ref_rejected_token_logps", pa.list_(pa.float32())),
     ]
 )
 

@@ -38,7 +38,9 @@ def plan(config: Run) -> list[Stage]:
     for r in range(config.rounds):
         held_by = {"initial": "policy", "previous": start}.get(anchor, "reference_policy")
         stages += pairs(config, r, start)
-        stages += [reference.stage(config, r, held_by), train.stage(config, r, start)]
+        if config.train.needs_reference:
+            stages.append(reference.stage(config, r, held_by))
+        stages.append(train.stage(config, r, start))
         stages.append(evaluation(config, r, start, held_by))
         start = f"round_{r:02d}/train"  # the next round starts from the policy that this one trained
     return stages

@@ -101,6 +101,15 @@ class PreferenceRun(RunBlock):
         return tree
 
     @model_validator(mode="after")
+    def people_give_no_scores(self) -> PreferenceRun:
+        if self.train.needs_scores:
+            raise ValueError(
+                "train.loss: score_margin needs the scores of chosen and rejected, and existing preferences have none; take "
+                "it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def several_rounds_share_the_pairs(self) -> PreferenceRun:
         if self.rounds > 1 and self.pairs_per_round is None:
             raise ValueError(f"rounds={self.rounds} needs pairs_per_round; without it the first round takes every pair")

@@ -144,6 +144,10 @@ class Reference(Block):
     """`initial`, `previous` (the policy that the round starts from), a hub id or a directory."""
     revision: str | None = None
     """Commit or tag of a hub policy that is named here."""
+    cache: bool = True
+    """Keep every completion's value under `<root>/.logps`, for other pairs, rounds and runs with the same reference."""
+    per_token: bool = False
+    """Keep the value of each token too (`ref_chosen_token_logps`); train.ld_alpha does so by itself."""
     max_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens of one forward, as the model sees them."""
     resources: ActorResources = ActorResources()

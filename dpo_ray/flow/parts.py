@@ -131,7 +131,8 @@ def run_parts(
     Args:
         transform: The stage's own function; rows carry PART, and DROP_REASON (null: kept).
         ends: How parts are loaded and committed; the transform's own Tasks fuse with it.
-        count: Counters of one part's kept rows, e.g. tokens; summed over parts for progress and metrics.
+        count: Counters of one part's kept rows, e.g. tokens, with every column that the transform gave them; summed over
+            parts for progress and metrics.
         directory: Where to write, when it is not the stage's own directory.
         max_dropped: The stage fails above this share of dropped rows.
 
@@ -222,6 +223,7 @@ def _make_sink(
         kept = table.filter(pc.is_null(table[DROP_REASON]))
         dropped = table.filter(pc.is_valid(table[DROP_REASON])).drop_columns([PART])
         _check_keys(stage, parts[part], kept, dropped, grain)
+        counters = dict(count(kept))
         kept = conform(kept, grain.schema, stage, grain.key_in)
         # A name of its own for every attempt: a zombie task can never overwrite what another one committed.
         token = uuid.uuid4().hex[:8]
@@ -233,7 +235,7 @@ def _make_sink(
             rows_in=parts[part].rows,
             rows_out=kept.num_rows,
             dropped=dict(Counter(r.split(":")[0] for r in dropped[DROP_REASON].to_pylist())),
-            counters=dict(count(kept)),
+            counters=counters,
         )
         data = record.model_dump_json()
         storage.write_bytes(f"{directory}/_parts/{part}.json", data.encode())

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from dpo_ray.learn.layout import Batch, Group, separate, share
-from dpo_ray.learn.logps import Path, completion_logps
+from dpo_ray.learn.logps import Path, completion_sums, token_logps
+
+
+class Scored(NamedTuple):
+    """One completion."""
+
+    logps: float
+    """Sum of its tokens' log-probabilities, in nats."""
+    token_logps: np.ndarray
+    """(tokens,) float32."""
 
 
 @torch.inference_mode()
 def score_groups(
     model: PreTrainedModel, groups: Sequence[Group], path: Path, *, max_batch_tokens: int, pad_token_id: int
-) -> list[list[float]]:
-    """Sum of the log-probabilities (nats) of each completion given its prompt: a list per group, in the order given.
+) -> list[list[Scored]]:
+    """Score each completion given its prompt: a list per group, in the order given.
 
     A value depends on prompt and completion alone, up to float32 rounding.
 
@@ -24,13 +36,16 @@ def score_groups(
         max_batch_tokens: tokens of a forward, as the model sees them; a larger group goes alone.
     """
     device = next(model.parameters()).device
-    logps: list[list[float]] = [[] for _ in groups]
+    scored: list[list[Scored]] = [[] for _ in groups]
     for rows in batches(groups, path, max_batch_tokens):
         batch = lay_out([groups[i] for i in rows], path, pad_token_id).to(device)
-        values = iter(completion_logps(model, batch, path).tolist())
+        tokens = token_logps(model, batch, path).logps
+        sums = completion_sums(tokens, batch.lengths).tolist()
+        values = zip(sums, tokens.cpu().split(batch.lengths.tolist()), strict=True)
         for i in rows:
-            logps[i] = [next(values) for _ in groups[i].completions]
-    return logps
+            own = itertools.islice(values, len(groups[i].completions))
+            scored[i] = [Scored(total, each.numpy()) for total, each in own]
+    return scored
 
 
 def batches(groups: Sequence[Group], path: Path, max_batch_tokens: int) -> Iterator[list[int]]:

@@ -51,6 +51,18 @@ def token_logps(hidden_KH: torch.Tensor, targets: torch.Tensor, head: Head) -> t
     return _TokenLogps.apply(hidden_KH, head.weight, head.bias, targets, head.scale, head.softcap)
 
 
+@torch.no_grad()
+def token_overlaps(hidden_KH: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return log sum_v p(v)^2 (K,) of the next-token distribution at each position, which WPO compares tokens with."""
+    tiles = [tile_overlaps(tile_logits(hidden, head)) for hidden in hidden_KH.split(tile_rows(len(head.weight)))]
+    return torch.cat(tiles) if tiles else hidden_KH.new_zeros(0, dtype=_precision(hidden_KH))
+
+
+def tile_overlaps(logits_KV: torch.Tensor) -> torch.Tensor:
+    """The same from logits (K, V)."""
+    return logits_KV.softmax(-1).square().sum(-1).log()
+
+
 def tile_rows(num_tokens: int) -> int:
     """Positions of one tile for a vocabulary of `num_tokens`."""
     return max(16, TILE_BYTES // (4 * num_tokens))

@@ -31,9 +31,18 @@ class Path(NamedTuple):
     """The head tile by tile from its weights, or the model's own forward with the logits of all positions that count."""
 
 
+class TokenLogps(NamedTuple):
+    """Of every completion token of a batch, completion after completion."""
+
+    logps: torch.Tensor
+    """(K,) log-probabilities in nats, float32 (float64 for a float64 model)."""
+    overlaps: torch.Tensor | None
+    """(K,) log sum_v p(v)^2 of the distribution that the token was drawn from, without gradient; None if not asked for."""
+
+
 def completion_logps(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
     """Return the log-probability of each completion given its prompt: (C,) float32 (float64 for a float64 model), nats."""
-    return completion_sums(token_logps(model, batch, path), batch.lengths)
+    return completion_sums(token_logps(model, batch, path).logps, batch.lengths)
 
 
 def completion_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -43,14 +52,14 @@ def completion_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor
     return sums.index_add(0, completion, values.double()).to(values.dtype)
 
 
-def token_logps(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
-    """Return the log-probability (K,) of each completion token; they stand completion after completion."""
+def token_logps(model: PreTrainedModel, batch: Batch, path: Path, *, overlaps: bool = False) -> TokenLogps:
+    """Return what the model says of each completion token."""
     if path.tiled_head:
-        return _root(model)(batch)
+        return _root(model)(batch, overlaps)
     logits_KV = _own_logits(model, batch)
-    return -functional.cross_entropy(
-        logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32)), batch.targets, reduction="none"
-    )
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    logps = -functional.cross_entropy(logits_KV, batch.targets, reduction="none")
+    return TokenLogps(logps, head.tile_overlaps(logits_KV.detach()) if overlaps else None)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -80,8 +89,11 @@ def _root(model: PreTrainedModel) -> Any:
     return getattr(model, ATTACHED, None) or types.MethodType(_token_logps, model)
 
 
-def _token_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return head.token_logps(hidden_states(model, batch), batch.targets, head.head_of(model))
+def _token_logps(model: PreTrainedModel, batch: Batch, overlaps: bool) -> TokenLogps:
+    hidden_KH, own = hidden_states(model, batch), head.head_of(model)
+    return TokenLogps(
+        head.token_logps(hidden_KH, batch.targets, own), head.token_overlaps(hidden_KH, own) if overlaps else None
+    )
 
 
 def _own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

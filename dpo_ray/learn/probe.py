@@ -33,7 +33,7 @@ def choose_path(model: PreTrainedModel, group: Group, *, pad_token_id: int, shar
     """
     device = next(model.parameters()).device
     rows, packed = separate([group], pad_token_id).to(device), share([group]).to(device)
-    exact = token_logps(model, rows, Path(share_prompt=False, tiled_head=False))
+    exact = token_logps(model, rows, Path(share_prompt=False, tiled_head=False)).logps
     tiled = _error(model, rows, Path(share_prompt=False, tiled_head=True), exact)
     path = Path(share_prompt=False, tiled_head=_same(tiled, model))
     own_attention = str(model.config._attn_implementation)
@@ -62,7 +62,7 @@ def choose_path(model: PreTrainedModel, group: Group, *, pad_token_id: int, shar
 def _error(model: PreTrainedModel, batch: Batch, path: Path, exact: torch.Tensor) -> float | str:
     """Return the mean difference to the exact values, or why the model cannot be run in this way."""
     try:
-        return (token_logps(model, batch, path) - exact).abs().mean().item()
+        return (token_logps(model, batch, path).logps - exact).abs().mean().item()
     except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -19,11 +18,12 @@ from dpo_ray.errors import StageError
 from dpo_ray.flow.parts import Grain, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn import LOGPS_VERSION
+from dpo_ray.logps_cache import Entry, cache_directory, completion_key, read_cache, write_cache
 from dpo_ray.schemas import REFERENCED
 
 VERSION = 1
 GRAIN = Grain("pair_id", "pair_id", REFERENCED)
-Ids = tuple[int, ...]
+COMPUTED = "_computed"
 
 
 class How(NamedTuple):
@@ -32,6 +32,9 @@ class How(NamedTuple):
     dtype: str
     share_prompt: Literal["auto", "always", "never"]
     max_batch_tokens: int
+    per_token: bool = False
+    cache: str | None = None
+    """Directory of values computed before (see logps_cache)."""
 
 
 def stage(config: Run, round_: int, reference: str) -> Stage:
@@ -40,10 +43,13 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
 
     def run(context: StageContext) -> StageOutput:
         policy = policy_ref(context.inputs["reference"], trust_remote_code=config.trust_remote_code)
-        columns = {"chosen_token_ids": "ref_chosen_logps", "rejected_token_ids": "ref_rejected_logps"}
+        asked = how(config)
+        if block.cache:
+            asked = asked._replace(cache=cache_directory(config.root, policy.identity, asked.dtype))
+        columns = {f"{side}_token_ids": f"ref_{side}_logps" for side in ("chosen", "rejected")}
 
         def add(ds: Dataset) -> Dataset:
-            ds = add_logps(ds, policy, how(config), columns, block.resources)
+            ds = add_logps(ds, policy, asked._replace(per_token=per_token(config)), columns, block.resources)
             name = functools.partial(_name_reference, identity=policy.identity)
             return ds.map_batches(name, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
 
@@ -54,12 +60,16 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
         name="reference",
         round=round_,
         version=VERSION,
-        config={"dtype": config.train.dtype, "logps_version": LOGPS_VERSION},
+        config={"dtype": config.train.dtype, "logps_version": LOGPS_VERSION, "per_token": per_token(config)},
         inputs={"pairs": f"round_{round_:02d}/pair", "reference": reference},
         run=run,
         needs=needs(config),
         resources=block.resources.model_dump(mode="json"),
     )
+
+
+def per_token(config: Run) -> bool:
+    return config.reference.per_token or config.train.ld_alpha is not None
 
 
 def needs(config: Run) -> Needs:
@@ -73,7 +83,10 @@ def how(config: Run) -> How:
 
 
 def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str], resources: ActorResources) -> Dataset:
-    """For each (completion column -> output column), add the completion's log-probability under `policy`, in nats."""
+    """For each (completion column -> output column), add the completion's log-probability under `policy`, in nats.
+
+    Adds COMPUTED too: how many values of a row were not in the cache.
+    """
     return ds.map_batches(
         _LogpsActor,
         fn_constructor_args=(policy, how, columns, resources.gpus > 0, resources.cpus),
@@ -86,9 +99,10 @@ def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str],
 
 
 def count_tokens(table: pa.Table) -> dict[str, float]:
-    """Tokens of one part as the reference reads them: prompt twice, chosen and rejected once."""
+    """Of one part: tokens as the reference reads them, the prompt twice, and completions whose values were computed."""
     sizes = {c: sum(map(len, table[c].to_pylist())) for c in ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")}
-    return {"tokens": 2 * sizes["prompt_token_ids"] + sizes["chosen_token_ids"] + sizes["rejected_token_ids"]}
+    tokens = 2 * sizes["prompt_token_ids"] + sizes["chosen_token_ids"] + sizes["rejected_token_ids"]
+    return {"tokens": tokens, "computed": float(sum(table[COMPUTED].to_pylist()))}
 
 
 def _name_reference(table: pa.Table, identity: str) -> pa.Table:
@@ -96,57 +110,90 @@ def _name_reference(table: pa.Table, identity: str) -> pa.Table:
 
 
 class _LogpsActor:
-    """Holds one policy in a Ray Data actor."""
+    """Holds one policy in a Ray Data actor. It is loaded for the first value that is not in the cache."""
 
     def __init__(self, policy: PolicyRef, how: How, columns: dict[str, str], use_gpu: bool, cpus: float) -> None:
-        import torch
-
-        from dpo_ray.learn.matmul import float32_matmul_fast_path
-        from dpo_ray.learn.policy import load_policy
-        from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
-
-        torch.set_num_threads(max(1, math.ceil(cpus)))
-        float32_matmul_fast_path()
-        path = local_path(policy)
-        where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-        model: Any = load_policy(path, dtype=getattr(torch, how.dtype), **where)
-        self.model = model.to("cuda" if use_gpu else "cpu")
-        self.pad = pad_token_id(load_tokenizer(path, **where))
-        self.how, self.columns = how, columns
-        self.path: Any = None
+        self.policy, self.how, self.columns, self.use_gpu, self.cpus = policy, how, columns, use_gpu, cpus
+        self.known = read_cache(how.cache) if how.cache else {}
+        self.scorer: _Scorer | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        prompts = [tuple(ids) for ids in table["prompt_token_ids"].to_pylist()]
-        sides = {source: [tuple(ids) for ids in table[source].to_pylist()] for source in self.columns}
-        logps = self._logps({pair for completions in sides.values() for pair in zip(prompts, completions, strict=True)})
+        prompts = table["prompt_token_ids"].to_pylist()
+        sides = {source: list(zip(prompts, table[source].to_pylist(), strict=True)) for source in self.columns}
+        keys = {source: [completion_key(*pair) for pair in pairs] for source, pairs in sides.items()}
+        wanted = {key: pair for source in sides for key, pair in zip(keys[source], sides[source], strict=True)}
+        missing = {key: pair for key, pair in wanted.items() if not self._knows(key)}
+        computed = self._compute(missing)
+        known = {key: self.known[key] for key in wanted.keys() - computed.keys()} | computed
+        if self.how.cache:
+            write_cache(self.how.cache, computed)
+            self.known |= computed
         for source, target in self.columns.items():
-            values = [logps[pair] for pair in zip(prompts, sides[source], strict=True)]
-            for key, value in zip(table.column(0).to_pylist(), values, strict=True):
-                if not (math.isfinite(value) and value <= 0.0):
-                    raise StageError(
-                        f"reference: {source} of {key} has the log-probability {value}; expected a finite value <= 0"
-                    )
-            table = table.append_column(target, pa.array(values, pa.float32()))
-        return table
+            entries = [known[key] for key in keys[source]]
+            for row, entry in zip(table.column(0).to_pylist(), entries, strict=True):
+                check_logps(source, row, entry.logps)
+            table = table.append_column(target, pa.array([e.logps for e in entries], pa.float32()))
+            tokens = [e.token_logps if self.how.per_token else None for e in entries]
+            table = table.append_column(per_token_name(target), pa.array(tokens, pa.list_(pa.float32())))
+        counts = [sum(own in missing for own in row) for row in zip(*keys.values(), strict=True)]
+        return table.append_column(COMPUTED, pa.array(counts, pa.int64()))
 
-    def _logps(self, wanted: Iterable[tuple[Ids, Ids]]) -> dict[tuple[Ids, Ids], float]:
-        """The log-probability of each (prompt, completion), every prompt computed once where the model allows it."""
+    def _knows(self, key: bytes) -> bool:
+        return key in self.known and not (self.how.per_token and self.known[key].token_logps is None)
+
+    def _compute(self, missing: dict[bytes, tuple[list[int], list[int]]]) -> dict[bytes, Entry]:
+        """Score completions, every prompt once for all of its completions where the model allows it."""
         from dpo_ray.learn.batched import group_tokens, score_groups
         from dpo_ray.learn.layout import Group
-        from dpo_ray.learn.probe import choose_path
 
-        completions: dict[Ids, list[Ids]] = {}
-        for prompt, completion in sorted(wanted):
-            completions.setdefault(prompt, []).append(completion)
-        groups = [Group(prompt, own) for prompt, own in completions.items()]
+        by_prompt: dict[tuple[int, ...], list[bytes]] = {}
+        for key, (prompt, _) in sorted(missing.items()):
+            by_prompt.setdefault(tuple(prompt), []).append(key)
+        groups = [Group(prompt, [missing[key][1] for key in keys]) for prompt, keys in by_prompt.items()]
         if not groups:
             return {}
-        if self.path is None:
+        if self.scorer is None:
             longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
-            self.path = choose_path(self.model, longest, pad_token_id=self.pad, share_prompt=self.how.share_prompt)
-        values = score_groups(self.model, groups, self.path, max_batch_tokens=self.how.max_batch_tokens, pad_token_id=self.pad)
+            self.scorer = _load_scorer(self.policy, self.how, longest, self.use_gpu, self.cpus)
+        model, path, pad = self.scorer
+        scored = score_groups(model, groups, path, max_batch_tokens=self.how.max_batch_tokens, pad_token_id=pad)
         return {
-            (prompt, completion): value
-            for (prompt, own), logps in zip(completions.items(), values, strict=True)
-            for completion, value in zip(own, logps, strict=True)
+            key: Entry(one.logps, one.token_logps if self.how.per_token else None)
+            for keys, own in zip(by_prompt.values(), scored, strict=True)
+            for key, one in zip(keys, own, strict=True)
         }
+
+
+class _Scorer(NamedTuple):
+    model: Any
+    path: Any
+    pad_token_id: int
+
+
+def _load_scorer(policy: PolicyRef, how: How, longest: Any, use_gpu: bool, cpus: float) -> _Scorer:
+    """Load the policy and try on its longest row how its log-probabilities can be computed."""
+    import torch
+
+    from dpo_ray.learn.matmul import float32_matmul_fast_path
+    from dpo_ray.learn.policy import load_policy
+    from dpo_ray.learn.probe import choose_path
+    from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
+
+    torch.set_num_threads(max(1, math.ceil(cpus)))
+    float32_matmul_fast_path()
+    path = local_path(policy)
+    where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
+    model: Any = load_policy(path, dtype=getattr(torch, how.dtype), **where)
+    model.to("cuda" if use_gpu else "cpu")
+    pad = pad_token_id(load_tokenizer(path, **where))
+    return _Scorer(model, choose_path(model, longest, pad_token_id=pad, share_prompt=how.share_prompt), pad)
+
+
+def per_token_name(column: str) -> str:
+    return column.replace("logps", "token_logps")
+
+
+def check_logps(column: str, row: str, value: float) -> None:
+    """Raise where a value is no log-probability."""
+    if not (math.isfinite(value) and value <= 0.0):
+        raise StageError(f"reference: {column} of {row} has the log-probability {value}; expected a finite value <= 0")

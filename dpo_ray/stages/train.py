@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
-from dpo_ray.flow.artifact import read_table, record_files
+from dpo_ray.flow.artifact import record_files
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+from dpo_ray.pair_table import PairTable, columns_of
 
 VERSION = 1
-COLUMNS = (
-    "pair_id",
-    "prompt_token_ids",
-    "chosen_token_ids",
-    "rejected_token_ids",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
 
 
 def stage(config: Run, round_: int, start: str) -> Stage:
@@ -45,7 +35,7 @@ def stage(config: Run, round_: int, start: str) -> Stage:
             "seed": config.seed,
             **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens", "share_prompt"}),
         },
-        inputs={"pairs": f"round_{round_:02d}/reference", "policy": start},
+        inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),
         needs=Needs(block.resources.workers, block.resources.cpus, block.resources.gpus, "train worker"),
         resources=block.resources.model_dump(mode="json"),
@@ -133,7 +123,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import checkpoint, dpo, matmul, optim
+    from dpo_ray.learn import checkpoint, dpo, losses, matmul, objective, optim
 
     config: Run = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
@@ -145,7 +135,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         matmul.float32_matmul_fast_path()
     torch.manual_seed(config.seed)
 
-    table = PairTable(arguments["tables"])
+    table = PairTable(arguments["tables"], columns_of(block))
     model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
     done = 0
@@ -160,7 +150,8 @@ def _worker(arguments: dict[str, Any]) -> None:
         table.fetch,
         plan,
         path,
-        beta=block.beta,
+        objective.Objective([losses.Term(*term) for term in block.terms()], block.beta, block.wpo, block.ld_alpha),
+        table.lengths,
         learning_rate_for=lambda step: optim.learning_rate_at(
             step, len(plan), peak=block.learning_rate, warmup_ratio=block.warmup_ratio, schedule=block.schedule
         ),
@@ -223,32 +214,6 @@ def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: in
             storage.delete_directory(f"{directory}/policy")
             storage.copy_directory(str(target), f"{directory}/policy")
             storage.write_json(f"{directory}/identity.json", {"identity": policy_identity(target)})
-
-
-class PairTable:
-    """The REFERENCED rows of a round, in Arrow memory; rows are taken by index."""
-
-    def __init__(self, uris: Sequence[str]) -> None:
-        self.table = pa.concat_tables(read_table(uri, COLUMNS) for uri in uris).combine_chunks()
-        columns = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
-        self.lengths = np.stack([pc.list_value_length(self.table[c]).to_numpy() for c in columns], axis=1)
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def fetch(self, rows: list[int]) -> Any:
-        """The rows as learn.dpo.PairRows."""
-        from dpo_ray.learn.dpo import PairRows
-
-        taken = self.table.take(rows)
-        return PairRows(**{c: taken[c].to_pylist() for c in COLUMNS})
-
-    def longest(self) -> Any:
-        """The pair with the most tokens, as learn.layout.Group."""
-        from dpo_ray.learn.layout import Group
-
-        (pair,) = zip(*self.fetch([int(self.lengths.sum(axis=1).argmax())])[1:4], strict=True)
-        return Group(pair[0], pair[1:])
 
 
 def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> list[Any]:

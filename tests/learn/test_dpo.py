@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dpo_ray.errors import NonFiniteLossError
-from dpo_ray.learn.dpo import PairRows
 from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
+from dpo_ray.learn.objective import PairRows
 
 from . import tiny, training
 

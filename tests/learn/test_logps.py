@@ -81,7 +81,7 @@ def test_token_logps_stand_completion_after_completion(policies):
     model = load(policies, "llama", path)
     batch = lay_out(GROUPS, path, tiny.PAD)
     with torch.no_grad():
-        tokens = token_logps(model, batch, path)
+        tokens = token_logps(model, batch, path).logps
     sums = [one.sum() for one in tokens.split(batch.lengths.tolist())]
     torch.testing.assert_close(torch.stack(sums), score(model, GROUPS, path))
 
@@ -109,5 +109,5 @@ def test_logits_in_tiles_are_those_behind_the_log_probabilities(policies, path):
     batch = lay_out(GROUPS, path, tiny.PAD)
     with torch.no_grad():
         logits = torch.cat(list(logits_in_tiles(model, batch, path, rows=3)))
-        tokens = token_logps(model, batch, path)
+        tokens = token_logps(model, batch, path).logps
     torch.testing.assert_close(logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0], tokens)

@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dpo_ray.learn.dpo import PairRows
 from dpo_ray.learn.layout import Group
+from dpo_ray.learn.objective import PairRows
 
 VOCAB_SIZE = 101
 """Odd and prime, so that no number of ranks divides it."""
@@ -152,7 +152,7 @@ def build_pairs(num_pairs: int, seed: int = 0) -> PairRows:
 
 def take(pairs: PairRows, rows: list[int]) -> PairRows:
     """Return some rows, in that order."""
-    return PairRows(*([column[row] for row in rows] for column in pairs))
+    return PairRows(*(column and [column[row] for row in rows] for column in pairs))
 
 
 def pair_lengths(pairs: PairRows) -> np.ndarray:

@@ -9,14 +9,17 @@ from transformers import PreTrainedModel
 
 from dpo_ray.learn import attention
 from dpo_ray.learn.batches import Step, plan_epoch
-from dpo_ray.learn.dpo import PairRows, dpo_steps
+from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
+from dpo_ray.learn.losses import Term
+from dpo_ray.learn.objective import Objective, PairRows
 from dpo_ray.learn.optim import build_optimizer
 from dpo_ray.learn.policy import load_policy, shard
 
 from . import tiny
 
 BETA = 0.1
+OBJECTIVE = Objective([Term("sigmoid")], BETA)
 PATH = Path(share_prompt=True, tiled_head=True)
 ONE_MICRO_BATCH = 10**6
 
@@ -50,7 +53,7 @@ def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size:
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
     """Return the metrics of all steps from `start_step` on."""
     defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
-    defaults |= {"beta": BETA, "pad_token_id": tiny.PAD, "device": "cpu"}
+    defaults |= {"objective": OBJECTIVE, "lengths": tiny.pair_lengths(pairs), "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
     return list(dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options)))
 

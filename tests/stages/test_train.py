@@ -13,12 +13,15 @@ from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
+from dpo_ray.learn.losses import Term
+from dpo_ray.learn.objective import Objective
 from dpo_ray.learn.optim import build_optimizer, learning_rate_at
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.learn.policy_files import policy_identity
+from dpo_ray.pair_table import PairTable, columns_of
 from dpo_ray.schemas import REFERENCED
 from dpo_ray.stages import train
-from dpo_ray.stages.train import PairTable, plan_steps, read_log, write_log
+from dpo_ray.stages.train import plan_steps, read_log, write_log
 
 from ..artifacts import commit, commit_policy, commit_tables, context
 from ..learn import tiny
@@ -46,7 +49,7 @@ def referenced(policy=None):
 def table(tmp_path):
     made = referenced()
     artifact = commit_tables(tmp_path, [made.slice(0, 3), made.slice(3, 6), made.slice(9)])
-    return PairTable([artifact.uri(f) for f in artifact.tables()])
+    return PairTable([artifact.uri(f) for f in artifact.tables()], columns_of(Train.model_validate(BLOCK)))
 
 
 def test_pair_table_fetches_rows_by_index_over_all_files(table):
@@ -121,7 +124,7 @@ def alone(policy):
 
     def fetch(indices):
         taken = pairs.take(indices)
-        return type(PAIRS)(**{c: taken[c].to_pylist() for c in train.COLUMNS})
+        return type(PAIRS)(**{c: taken[c].to_pylist() for c in columns_of(block)})
 
     steps = dpo_steps(
         model,
@@ -129,7 +132,8 @@ def alone(policy):
         fetch,
         plan,
         Path(share_prompt=False, tiled_head=False),
-        beta=block.beta,
+        Objective([Term("sigmoid")], block.beta),
+        tiny.pair_lengths(PAIRS),
         learning_rate_for=lambda step: learning_rate_at(
             step, len(plan), peak=block.learning_rate, warmup_ratio=0.1, schedule="cosine"
         ),

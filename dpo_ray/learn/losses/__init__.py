@@ -18,6 +18,4 @@ from dpo_ray.learn.losses.terms import needs_mean_chosen_tokens as needs_mean_ch
 from dpo_ray.learn.losses.terms import needs_reference as needs_reference
 from dpo_ray.learn.losses.terms import needs_scores as needs_scores
 from dpo_ray.learn.losses.terms import total_loss as total_loss
-from dpo_ray.learn.losses.until_merge import PairLoss as PairLoss
-from dpo_ray.learn.losses.until_merge import sigmoid_loss as sigmoid_loss
 from dpo_ray.learn.losses.whole_batch import WHOLE_BATCH as WHOLE_BATCH
