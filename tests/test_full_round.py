@@ -81,6 +81,14 @@ def test_plan_more_rounds_change_no_earlier_stage():
     }
 
 
+def test_plan_of_losses_without_a_reference_skips_its_stage():
+    stages = plan(train=minimal()["train"] | {"loss": "simpo"})
+    assert "reference" not in [s.name for s in stages]
+    assert by_key(stages)["round_00/train"].inputs["pairs"] == "round_00/pair"
+    mixed = plan(train=minimal()["train"] | {"loss": ["simpo", "sigmoid"]})
+    assert by_key(mixed)["round_00/train"].inputs["pairs"] == "round_00/reference"
+
+
 def test_plan_on_preferences_enters_at_pair():
     stages = preference_plan(rounds=2, reference="initial", pairs_per_round=4)
     of_round = ["pair", "reference", "train", "evaluate"]

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo_ray.config import RunConfig
@@ -18,11 +19,12 @@ def make_pairs():
     return [rows.pair_row(*row) for row in columns]
 
 
-def run(tmp_path, policy, pairs, rows_per_part=5, max_batch_tokens=40):
-    resources = {"rows_per_part": rows_per_part, "cpus": 1}
-    train = minimal()["train"] | {"dtype": "float32"}
-    block = {"max_batch_tokens": max_batch_tokens, "resources": resources}
-    config = RunConfig.model_validate(minimal() | {"train": train, "reference": block})
+def run(tmp_path, policy, pairs, rows_per_part=5, max_batch_tokens=40, root=None, train=(), **block):
+    resources = {"rows_per_part": rows_per_part, "cpus": 1, "actors": block.pop("actors", 1)}
+    train = minimal()["train"] | {"dtype": "float32"} | dict(train)
+    block |= {"max_batch_tokens": max_batch_tokens, "resources": resources}
+    tree = minimal() | {"root": str(root or tmp_path / "root"), "train": train, "reference": block}
+    config = RunConfig.model_validate(tree)
     inputs = {
         "pairs": commit_tables(tmp_path / "pairs", [rows.preferences(pairs)]),
         "reference": commit_policy(tmp_path / "policy", policy.path, policy.identity),
@@ -51,7 +53,7 @@ def test_reference_logps_are_those_of_one_plain_forward_a_row(referenced, policy
     assert {r["reference_id"] for r in got} == {policy.identity}
     assert [{k: r[k] for k in pairs[0]} for r in got] == pairs
     sizes = [2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs]
-    assert output.metrics == {"tokens": sum(sizes)}
+    assert output.metrics == {"tokens": sum(sizes), "computed": 2 * len(pairs)}
 
 
 def test_reference_logps_do_not_depend_on_order_parts_or_batches(tmp_path, policy, referenced):
@@ -64,6 +66,66 @@ def test_reference_logps_do_not_depend_on_order_parts_or_batches(tmp_path, polic
         assert values[r["pair_id"]] == pytest.approx((r["ref_chosen_logps"], r["ref_rejected_logps"]), abs=1e-4)
 
 
+def values(got):
+    return {r["pair_id"]: (r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in got}
+
+
+def test_reference_logps_computed_before_are_not_computed_again(tmp_path, policy):
+    """Paired anew, over three shards and in another order: only what was never seen is computed, and no value moves."""
+    pairs = make_pairs()
+    first, one = run(tmp_path / "a", policy, pairs, root=tmp_path)
+    anew = [
+        {**p, "pair_id": f"{p['pair_id']} turned", "chosen_token_ids": p["rejected_token_ids"], "rejected_token_ids": [5, 6, i]}
+        for i, p in enumerate(pairs)
+    ]
+    rng = np.random.default_rng(1)
+    mixed = [[*pairs, *anew][i] for i in rng.permutation(2 * len(pairs))]
+    second, two = run(tmp_path / "b", policy, mixed, root=tmp_path, rows_per_part=8, actors=[1, 3])
+    assert first.metrics["computed"] == 2 * len(pairs)
+    assert second.metrics["computed"] == len(anew)
+    found = values(two)
+    for key, (chosen, rejected) in values(one).items():
+        assert found[key] == (chosen, rejected)
+        assert found[f"{key} turned"][0] == rejected
+    third, three = run(tmp_path / "c", policy, mixed, root=tmp_path)
+    assert third.metrics["computed"] == 0
+    assert values(three) == found
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "version", "root", "off"])
+def test_reference_logps_of_another_definition_are_computed(tmp_path, policy, change, monkeypatch):
+    pairs = make_pairs()[:2]
+    run(tmp_path / "a", policy, pairs, root=tmp_path)
+    how = {"root": tmp_path}
+    if change == "weights":
+        policy = policy._replace(identity="of other weights")
+    elif change == "version":
+        monkeypatch.setattr("dpo_ray.logps_cache.LOGPS_VERSION", 99)
+    else:
+        how |= {"dtype": {"train": {"dtype": "bfloat16"}}, "root": {"root": tmp_path / "other"}, "off": {"cache": False}}[
+            change
+        ]
+    output, _ = run(tmp_path / "b", policy, pairs, **how)
+    assert output.metrics["computed"] == 4
+
+
+def test_reference_logps_per_token_sum_to_those_of_the_completion(tmp_path, policy):
+    """Asked for by LD-DPO; values that were cached without them are computed again."""
+    pairs = make_pairs()[:3]
+    _, plain = run(tmp_path / "a", policy, pairs, root=tmp_path)
+    assert {r["ref_chosen_token_logps"] for r in plain} == {None}
+    output, got = run(tmp_path / "b", policy, pairs, root=tmp_path, train={"ld_alpha": 0.5})
+    assert output.metrics["computed"] == 6
+    for row in got:
+        for side in ("chosen", "rejected"):
+            tokens = row[f"ref_{side}_token_logps"]
+            assert len(tokens) == len(row[f"{side}_token_ids"])
+            assert sum(tokens) == pytest.approx(row[f"ref_{side}_logps"], rel=1e-5)
+    again, _ = run(tmp_path / "c", policy, pairs, root=tmp_path, per_token=True)
+    assert again.metrics["computed"] == 0
+
+
 def test_count_tokens_reads_the_prompt_twice():
     table = rows.preferences([rows.pair_row("a", [1, 2, 3], [4], [5, 6]), rows.pair_row("b", [1], [4], [5])])
-    assert reference.count_tokens(table) == {"tokens": (6 + 3) + (2 + 2)}
+    table = table.append_column(reference.COMPUTED, pa.array([2, 1]))
+    assert reference.count_tokens(table) == {"tokens": (6 + 3) + (2 + 2), "computed": 3}

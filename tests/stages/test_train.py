@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import policy_ref
+from dpo_ray.errors import StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
 from dpo_ray.learn.losses import Term
@@ -62,6 +63,24 @@ def test_pair_table_fetches_rows_by_index_over_all_files(table):
 
 def test_pair_table_lengths_are_those_of_prompt_and_completion(table):
     assert table.lengths.tolist() == tiny.pair_lengths(PAIRS).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.25])
+def test_pair_table_refuses_a_reference_that_is_no_log_probability(tmp_path, value):
+    made = referenced().to_pylist()
+    made[3]["ref_rejected_logps"] = value
+    artifact = commit_tables(tmp_path, [pa.Table.from_pylist(made, REFERENCED)])
+    uris = [artifact.uri(f) for f in artifact.tables()]
+    with pytest.raises(StageError, match=r"1 of 10 pairs have no usable ref_rejected_logps; the first is pair pair-3 with"):
+        PairTable(uris, columns_of(Train.model_validate(BLOCK)))
+    assert len(PairTable(uris, columns_of(Train.model_validate(BLOCK | {"loss": "simpo"})))) == 10
+
+
+def test_pair_table_refuses_pairs_without_what_the_loss_needs(tmp_path):
+    artifact = commit_tables(tmp_path, [referenced()])
+    uris = [artifact.uri(f) for f in artifact.tables()]
+    with pytest.raises(StageError, match="10 of 10 pairs have no usable ref_chosen_token_logps"):
+        PairTable(uris, columns_of(Train.model_validate(BLOCK | {"ld_alpha": 0.5})))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
