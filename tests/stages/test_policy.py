@@ -49,7 +49,7 @@ def test_policy_changed_in_place_is_another(policy, tmp_path):
 
 
 def test_policy_directory_with_a_revision_is_refused_not_ignored(policy):
-    with pytest.raises(ConfigError, match="'v1.0' would be ignored"):
+    with pytest.raises(ConfigError, match=r"'v1\.0' would be ignored"):
         stage_of(policy.path, revision="v1.0").external()
 
 

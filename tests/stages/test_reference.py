@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from dpo_ray.config import RunConfig
+from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.errors import StageError
 from dpo_ray.stages import reference
 
 from ..artifacts import commit_policy, commit_tables, context, kept
@@ -62,6 +64,15 @@ def test_reference_logps_do_not_depend_on_order_parts_or_batches(tmp_path, polic
     assert values.keys() == {r["pair_id"] for r in one}
     for r in one:
         assert values[r["pair_id"]] == pytest.approx((r["ref_chosen_logps"], r["ref_rejected_logps"]), abs=1e-4)
+
+
+def test_reference_logps_that_are_not_finite_are_an_error_that_names_the_pair(tmp_path):
+    model = tiny.build_model("llama")
+    model.lm_head.weight.data[:] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(StageError, match=r"chosen_token_ids of pair-0 has the log-probability nan; expected a finite value"):
+        run(tmp_path, PolicyRef(str(tmp_path / "broken"), "broken"), make_pairs()[:1])
 
 
 def test_count_tokens_reads_the_prompt_twice():
