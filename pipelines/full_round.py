@@ -149,11 +149,9 @@ def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
         return
     if outcomes is None:
         cluster.probe_shared(config.root)
-        storage.write_bytes(
-            f"{config.directory}/resolved.yaml",
-            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode(),
-        )
-        outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress())
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+        write = lambda: storage.write_bytes(f"{config.directory}/resolved.yaml", resolved)
+        outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress(), begin=write)
     print(f"\n{summary.outcome_table(outcomes)}")
     for outcome in outcomes:
         if outcome.stage.name == "evaluate":

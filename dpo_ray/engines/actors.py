@@ -10,12 +10,15 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered, render
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
+from dpo_ray.errors import StageError
 
 START_RETRIES = 2
+MAX_CAUSE_CHARS = 600
 Family = tuple[str, list[tuple[int, float]]]
 """A node's id, and pid and start time of each process of an actor there."""
 
@@ -61,7 +64,13 @@ class EngineActor:
 
     def __init__(self, settings: EngineSettings, policy: PolicyRef, companion: ActorHandle) -> None:
         self.companion, self.gate = companion, Gate()
+        # Ray starts an actor again whose process died; one that raises here stays dead.
+        me = ray.get_runtime_context().get_actor_id()
+        died: Any = ray.get(companion.loads.remote(me))
+        if died > START_RETRIES:
+            raise StageError(f"its process died {died} times while it loaded (memory is the usual reason)")
         self.engine = start_engine(settings, policy)
+        ray.get(companion.loaded.remote(me))
 
     def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         with self.gate.together():
@@ -83,16 +92,31 @@ class EngineActor:
 
 
 def start_engine(settings: EngineSettings, policy: PolicyRef) -> Any:
-    """Load the policy into an engine of the kind that the settings name."""
+    """Load the policy into an engine of the kind that the settings name.
+
+    Raises:
+        StageError: it does not load; the message is one line, which `load_failure` finds again in Ray's.
+    """
     if settings.kind == "vllm":
         from dpo_ray.engines.vllm import VllmEngine as Kind
     else:
         from dpo_ray.engines.hf import HfEngine as Kind
-    return Kind(settings, policy)
+    try:
+        return Kind(settings, policy)
+    except Exception as error:  # what the engine's libraries raise is of any kind
+        text = " ".join(str(error).split())
+        raise StageError(f"{type(error).__name__}: {text[:MAX_CAUSE_CHARS]}") from error
+
+
+def load_failure(error: RayActorError) -> str | None:
+    """Why an engine did not load, from the traceback that Ray hands over as text; None if that is not why it is dead."""
+    text = str(error).strip()
+    last = text.splitlines()[-1].strip().removeprefix(f"{StageError.__module__}.{StageError.__name__}: ")
+    return last.rstrip(".") if "creation task" in text else None
 
 
 class Companion:
-    """A process beside the engines: applies the chat template, and knows which call was running when an engine died.
+    """A process beside the engines: applies the chat template, and knows what an engine was doing when it died.
 
     Rendering in a thread of the engine's process slows the engine's steps down, by Python's lock; in the short-lived tasks
     around the engines, loading the libraries costs seconds of CPU a process.
@@ -102,10 +126,21 @@ class Companion:
         self.policy = policy
         self.began: set[str] = set()
         self.crashes = 0
+        self.loading: dict[str, int] = {}
 
     @ray.method(max_task_retries=START_RETRIES)
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         return render(self.policy, rows, template_kwargs, max_tokens)
+
+    @ray.method(max_task_retries=START_RETRIES)
+    def loads(self, engine: str) -> int:
+        """The engine loads its policy from now on; how often it has died since it did so with success."""
+        self.loading[engine] = self.loading.get(engine, -1) + 1
+        return self.loading[engine]
+
+    @ray.method(max_task_retries=START_RETRIES)
+    def loaded(self, engine: str) -> None:
+        self.loading.pop(engine, None)
 
     def begins(self, token: str) -> None:
         """The call `token` runs from now on, with nothing else in its engine."""

@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dpo_ray.engines.actors import Companion, EngineActor, Family
+from dpo_ray.engines.actors import Companion, EngineActor, Family, load_failure
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
@@ -75,11 +75,7 @@ class EnginePool:
             self.processes = ray.get([a.processes.remote() for a in [*self.actors, self.companion]])
         except RayActorError as error:
             self.close()
-            cause = str(error).strip().splitlines()[-1].strip()  # the message holds Ray's whole traceback
-            raise StageError(
-                f"the {settings.kind} engine could not load {policy.path}: {cause}. Check that the policy loads in "
-                f"{settings.kind} alone with the same engine_args, and that it fits the memory of its node"
-            ) from error
+            raise StageError(_not_loaded(settings, policy, load_failure(error) or str(error).splitlines()[0])) from error
 
     def generate(
         self, requests: Sequence[Request], sampling: Mapping[str, Any], max_crashes: int = 2
@@ -101,7 +97,7 @@ class EnginePool:
         self, requests: Sequence[Request], sampling: Mapping[str, Any], max_crashes: int
     ) -> list[list[Sample] | None]:
         """Sample with nothing else in the engine, so that a crash is these requests' own; cut them until one is left."""
-        crashes = 0
+        crashes, last = 0, None
         for _ in range(MAX_CRASHES):
             token, actor = uuid.uuid4().hex, self._least_loaded()
             try:
@@ -111,6 +107,7 @@ class EnginePool:
                 began, total = ray.get(self.companion.crashed.remote(token))
                 if total > MAX_CRASHES:
                     raise StageError(_too_many_crashes(self.settings.kind, error)) from error
+                last = load_failure(error)
             if not began:  # another call's crash took the engine while this one waited for its turn
                 continue
             crashes += 1
@@ -120,7 +117,7 @@ class EnginePool:
                 return [samples for piece in pieces for samples in self._generate_alone(piece, sampling, max_crashes)]
             if crashes >= max_crashes:
                 return [None]
-        raise StageError(_too_many_crashes(self.settings.kind, None))
+        raise StageError(_not_loaded(self.settings, self.policy, last) if last else _too_many_crashes(self.settings.kind, None))
 
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
@@ -166,6 +163,14 @@ class EnginePool:
             left = ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
             if left:
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
+
+
+def _not_loaded(settings: EngineSettings, policy: PolicyRef, cause: str) -> str:
+    return (
+        f"the {settings.kind} engine could not load {policy.path}: {cause}. Check that the policy loads in {settings.kind} "
+        "alone with the same engine_args, and that it fits the memory of its node. See the engine's own output in Ray's "
+        "worker logs"
+    )
 
 
 def _too_many_crashes(kind: str, error: Exception | None) -> str:

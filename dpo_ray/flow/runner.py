@@ -8,7 +8,7 @@ its inputs changed; and refused when its own config changed, with the differing 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -103,8 +103,18 @@ def plan_actions(stages: Sequence[Stage], root: str, redo: Collection[str]) -> l
     return actions
 
 
-def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), progress: Progress) -> list[Outcome]:
+def run_plan(
+    stages: Sequence[Stage],
+    root: str,
+    *,
+    redo: Collection[str] = (),
+    progress: Progress,
+    begin: Callable[[], object] = lambda: None,
+) -> list[Outcome]:
     """Run the stages in order, as the one driver of this run, and return one outcome each.
+
+    Args:
+        begin: Called before the first stage, once the run is this driver's alone.
 
     Raises:
         StaleArtifactError: a committed stage has other settings.
@@ -119,6 +129,7 @@ def run_plan(stages: Sequence[Stage], root: str, *, redo: Collection[str] = (), 
     try:
         # All of them before the first stage runs: a scorer that does not import must not be found after generation.
         external = {stage.key: stage.external() for stage in stages}
+        begin()
         for stage in stages:
             inputs = {role: artifacts[key] for role, key in stage.inputs.items()}
             wanted = identity(stage, inputs, external[stage.key])

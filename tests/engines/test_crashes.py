@@ -4,6 +4,7 @@ The engine is a fake that really exits; processes, restarts and the pool are the
 """
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -39,10 +40,14 @@ class Exploding:
         return [[Sample([*r.prompt_token_ids, r.seed + k], "", "stop", None) for k in range(r.n)] for r in requests]
 
 
+def explodes(settings, policy):
+    return Exploding(Path(policy.path))
+
+
 class ExplodingActor(actors.EngineActor):
     def __init__(self, settings, policy, companion):
-        self.companion, self.gate = companion, actors.Gate()
-        self.engine = Exploding(Path(policy.path))
+        actors.start_engine = explodes  # in the actor's own process
+        super().__init__(settings, policy, companion)
 
 
 @pytest.fixture
@@ -132,9 +137,7 @@ def test_gate_alone_waits_for_those_inside_and_holds_back_new_ones():
 
 
 def test_policy_that_the_engine_cannot_load_is_one_message_with_the_cause(idle_ray, tmp_path, policy):
-    """A cut weights file, on the engine that starts fast; tests/runs has the same on vLLM."""
-    import shutil
-
+    """A cut weights file, on the engine that starts fast; tests/runs/test_broken_policy.py has the same on vLLM."""
     broken = tmp_path / "broken"
     shutil.copytree(policy.path, broken)
     weights = (broken / "model.safetensors").read_bytes()
@@ -148,3 +151,43 @@ def test_policy_that_the_engine_cannot_load_is_one_message_with_the_cause(idle_r
     assert "Traceback" not in message
     assert len(message.splitlines()) == 1
     assert ray.available_resources()["CPU"] >= 0
+
+
+def dies(settings, policy):
+    """As the kernel ends a process that wants more memory than there is."""
+    (Path(policy.path) / str(os.getpid())).touch()
+    os._exit(1)
+
+
+class DyingActor(actors.EngineActor):
+    def __init__(self, settings, policy, companion):
+        actors.start_engine = dies  # in the actor's own process
+        super().__init__(settings, policy, companion)
+
+
+class LostActor(ExplodingActor):
+    """Loads once, and never again."""
+
+    def __init__(self, settings, policy, companion):
+        if os.listdir(policy.path):
+            raise StageError("OSError: the weights are gone")
+        super().__init__(settings, policy, companion)
+
+
+def test_engine_that_dies_while_it_loads_is_one_message_after_a_few_starts(idle_ray, monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "EngineActor", DyingActor)
+    settings = EngineSettings("hf", "float32", 64, {}, 1, 0.0, 1.0, 4, False)
+    with pytest.raises(StageError) as error:
+        pool.EnginePool(settings, PolicyRef(str(tmp_path), "p"), 1, 1)
+    assert f"could not load {tmp_path}: its process died 3 times while it loaded (memory" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(os.listdir(tmp_path)) == 1 + actors.START_RETRIES
+
+
+def test_engine_that_cannot_load_again_after_a_crash_ends_in_one_message(idle_ray, monkeypatch, tmp_path):
+    monkeypatch.setattr(pool, "EngineActor", LostActor)
+    settings = EngineSettings("hf", "float32", 64, {}, 1, 0.0, 1.0, 4, False)
+    made = pool.EnginePool(settings, PolicyRef(str(tmp_path), "p"), 1, 1)
+    with pytest.raises(StageError, match=rf"could not load {tmp_path}: OSError: the weights are gone\. Check"):
+        made.generate(requests(1, POISON), {}, 2)
+    made.close()

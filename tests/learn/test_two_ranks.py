@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
+from torch.distributed.checkpoint import CheckpointException
 
 from dpo_ray.errors import NonFiniteLossError
 from dpo_ray.learn import attention
@@ -183,6 +184,15 @@ def test_two_ranks_checkpoint_resumes_on_one(results, root, policies):
     assert step == 2
     for got, want in zip(resumed, results[0]["trained"][0][2:], strict=True):
         assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_two_ranks_checkpoint_without_one_ranks_shard_is_refused(results, root, policies, tmp_path):
+    shutil.copytree(root / "state", tmp_path / "state")
+    (shard,) = (tmp_path / "state").glob("__1_*.distcp")
+    shard.unlink()
+    with pytest.raises(CheckpointException, match=shard.name):
+        load_checkpoint(tmp_path / "state", *fresh(policies, None))
 
 
 def test_two_ranks_bfloat16_training_starts_at_the_bfloat16_reference(results, policies):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from dpo_ray.quickstart.policy import build_policy
@@ -19,10 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Cluster(NamedTuple):
-    """Environment for commands that talk to it, and the `bin` of its Python environment."""
+    """Environment for commands that talk to it, the `bin` of its Python environment, and its first process."""
 
     env: dict[str, str]
     bin: Path
+    pid: int
+
+    def processes(self) -> list[str]:
+        """Titles of the cluster's processes; that of a worker says which task or actor runs in it."""
+        found = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.NoSuchProcess:
+                continue
+        return found
 
     def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python pipelines/full_round.py ...`, from the checkout."""
@@ -73,7 +86,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
         process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard, process, Path(log.name))
-            yield Cluster(env, bin_)
+            yield Cluster(env, bin_, process.pid)
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:

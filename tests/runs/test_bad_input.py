@@ -3,12 +3,11 @@
 The command runs in this process, on the session's Ray. What the configuration alone can show is in test_config.py.
 """
 
-import json
-import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import datasets
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from dpo_ray.engines.policies import PolicyRef
-from pipelines import full_round
+
+from ..waiting import wait_until
+from .command import Command, sampled_round, write_jsonl
+from .conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("idle_ray")
 SCORERS = """
@@ -39,64 +40,11 @@ def fussy(rows):
 """
 
 
-class Command:
-    """A run's YAML, and the command on it."""
-
-    def __init__(
-        self, directory: Path, policy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        self.directory, self.monkeypatch, self.capsys = directory, monkeypatch, capsys
-        self.run_directory = directory / "root/run"
-        (directory / "scorers.py").write_text(SCORERS)
-        self.write_prompts([{"prompt": f"w10 w{11 + i}"} for i in range(40)])
-        self.tree: dict[str, Any] = {
-            "name": "run",
-            "root": str(directory / "root"),
-            "policy": policy,
-            "prompts_per_round": 12,
-            "prompts": {"source": str(directory / "prompts.jsonl"), "eval_prompts": 4},
-            "generate": {
-                "engine": "hf",
-                "max_prompt_tokens": 20,
-                "dtype": "float32",
-                "sampling": {"max_new_tokens": 4},
-                "resources": {"rows_per_part": 6},
-            },
-            "score": {"kind": "function", "function": f"{directory}/scorers.py:score", "resources": {"cpus": 0.5}},
-            "pair": {"drop_length_cut": False, "drop_ties": False},
-            "train": {"beta": 0.1, "learning_rate": 1e-3, "dtype": "float32"},
-        }
-
-    def write_prompts(self, rows: list[dict[str, Any] | str]) -> None:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (self.directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-
-    def __call__(self, *arguments: str) -> tuple[int, str]:
-        """The exit status, and what stands on stderr."""
-        (self.directory / "run.yaml").write_text(yaml.safe_dump(self.tree))
-        self.monkeypatch.setattr(sys, "argv", ["full_round.py", str(self.directory / "run.yaml"), *map(str, arguments)])
-        self.capsys.readouterr()
-        status = full_round.main()
-        return status, self.capsys.readouterr().err
-
-    def refused(self, *arguments: str, kind: str = "ConfigError") -> str:
-        """The one message of a command that must fail."""
-        status, err = self(*arguments)
-        assert status == 1
-        assert err.strip().startswith(f"{kind}: ")
-        assert "Traceback" not in err
-        return err
-
-    def manifest(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.run_directory / stage / "_manifest.json").read_text())
-
-    def nothing_ran(self, stage: str = "policy") -> bool:
-        return not (self.run_directory / stage / "_manifest.json").exists()
-
-
 @pytest.fixture
 def command(tmp_path: Path, policy: PolicyRef, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(tmp_path, policy.path, monkeypatch, capsys)
+    (tmp_path / "scorers.py").write_text(SCORERS)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"w10 w{11 + i}"} for i in range(40)])
+    return Command(tmp_path, sampled_round(tmp_path, policy.path), monkeypatch, capsys)
 
 
 # The configuration
@@ -237,13 +185,22 @@ def test_root_that_other_processes_do_not_see_says_which_node(command: Command) 
 
 
 def test_second_driver_on_a_run_is_refused_with_the_first_ones_place(command: Command) -> None:
-    me = {"token": "other", "host": socket.gethostname(), "pid": os.getpid()}
-    command.run_directory.mkdir(parents=True)
-    lease = me | {"started": psutil.Process().create_time(), "time": time.time()}
-    (command.run_directory / "_lease.json").write_text(json.dumps(lease))
-    err = command.refused(kind="ResourceError")
-    assert f"is being run by process {os.getpid()} on {socket.gethostname()}" in err
-    assert command.nothing_ran()
+    """The first is another process, frozen at its second stage; it goes on unharmed."""
+    frozen, log = "prompts start SIGSTOP driver", command.directory / "kills.jsonl"
+    script = [sys.executable, "tests/runs/killed_round.py", frozen, str(log), str(command.write()), "--until", "prompts"]
+    first = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, timeout_s=60)
+        resolved = (command.run_directory / "resolved.yaml").read_text()
+        err = command.refused("--train.beta", "0.2", kind="ResourceError")
+        assert f"is being run by process {first.pid} on {socket.gethostname()}" in err
+        assert "give this run another `name`" in err
+        assert command.nothing_ran("prompts")
+        assert (command.run_directory / "resolved.yaml").read_text() == resolved
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == 0
+    assert not command.nothing_ran("prompts")
 
 
 # Changed settings, and bad rows
@@ -265,7 +222,7 @@ def test_bad_rows_are_quarantined_by_reason_and_counted(command: Command) -> Non
         '{"prompt": "cut',
     ]
     good = [{"prompt": f"w10 w{11 + i}"} for i in range(12)]
-    command.write_prompts([*bad, *good, {"prompt": "w7 " * 30}])
+    write_jsonl(command.directory / "prompts.jsonl", [*bad, *good, {"prompt": "w7 " * 30}])
     arguments = ("--prompts.max_dropped", "0.3", "--prompts.eval_prompts", "1", "--prompts.split_by", "prompt")
     arguments += ("--generate.max_dropped", "0.5", "--score.max_dropped", "0.5", "--until", "score")
     assert command(*arguments, "--score.function", f"{command.directory}/scorers.py:fussy")[0] == 0
@@ -285,7 +242,7 @@ def test_bad_rows_are_quarantined_by_reason_and_counted(command: Command) -> Non
 
 
 def test_bad_rows_above_the_share_fail_with_counts_and_the_first(command: Command) -> None:
-    command.write_prompts([{"prompt": None}, *({"prompt": f"w10 w{11 + i}"} for i in range(20))])
+    write_jsonl(command.directory / "prompts.jsonl", [{"prompt": None}, *({"prompt": f"w10 w{11 + i}"} for i in range(20))])
     err = command.refused("--prompts.max_dropped", "0.04", "--until", "prompts", kind="StageError")
     assert "1 of 21 rows" in err
     assert "'null_prompt': 1" in err

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dpo_ray.learn.policy import load_policy
+from dpo_ray.pair_table import REFERENCE, ROWS, PairTable
 
 from ..learn.tiny import naive_logps
 from .conftest import Cluster
@@ -75,6 +76,18 @@ def test_round_submitted_completions_are_distinct_samples_with_their_own_seeds(r
     assert len(set(texts)) > len(texts) / 2
 
 
+def test_round_submitted_token_ids_travel_unchanged_from_the_engine_to_the_trainer(run: Path) -> None:
+    sampled = {r["prompt_id"]: r for r in table(run, "round_00/generate")}
+    files = [f["path"] for f in manifest(run, "round_00/reference")["files"]]
+    pairs = PairTable([str(run / "round_00/reference" / f) for f in files], [*ROWS, *REFERENCE])
+    for i, row in enumerate(table(run, "round_00/reference")):
+        into_the_batch, source = pairs.fetch([i]), sampled[row["prompt_id"]]
+        assert into_the_batch.pair_id == [row["pair_id"]]
+        assert into_the_batch.prompt_token_ids == [source["prompt_token_ids"]]
+        for (ids,) in (into_the_batch.chosen_token_ids, into_the_batch.rejected_token_ids):
+            assert ids in [c["token_ids"] for c in source["completions"]]
+
+
 def test_round_submitted_training_starts_at_ln_2(run: Path) -> None:
     metrics = [json.loads(line) for line in (run / "round_00/train/metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -106,3 +119,10 @@ def test_round_submitted_again_skips_every_stage(run: Path, cluster: Cluster, ar
     done = cluster.submit(*arguments, timeout=120)
     assert done.returncode == 0, done.stdout[-4000:]
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_round_submitted_with_a_relative_root_is_refused_with_the_reason(cluster: Cluster) -> None:
+    done = cluster.submit("pipelines/quickstart.yaml", "--root", "runs/here", timeout=120)
+    assert done.returncode == 1
+    assert "root: got 'runs/here'; expected an absolute path or a URI, because Ray workers and submitted jobs" in done.stdout
+    assert "Traceback" not in done.stdout

@@ -1,7 +1,8 @@
 """Ctrl-C and kill -9 at every point: the same command completes, and the result is that of an undisturbed run.
 
-Each command starts a local Ray of its own. The policy is tiny and samples with transformers, seeded sample by sample, so
-an undisturbed run has the same completions.
+The policies are tiny and sample with transformers, seeded sample by sample, so an undisturbed run has the same
+completions. Each command is a process of its own; a kill costs a start of Ray, so the kills of a grid are carried out one
+after another on one run, which completes at the end.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,95 +24,163 @@ from safetensors.torch import load_file
 from dpo_ray.engines.policies import PolicyRef
 
 from ..waiting import wait_until
-from .conftest import ROOT
+from .command import write_jsonl
+from .conftest import ROOT, Cluster
 
-KEYS = {"generate": "prompt_id", "score": "prompt_id", "pair": "pair_id", "reference": "pair_id"}
 POINTS = ("start", "middle", "commit")
-SCORER = """
-def score(rows):
-    return [float(sum(r["completion"].encode()) % 97) for r in rows]
-"""
+ONE_STEP = {"policy", "prompts", "preferences"}
+"""Stages that commit no rows before their end: they have no middle."""
+KEYS = {"generate": "prompt_id", "score": "prompt_id", "pair": "pair_id", "reference": "pair_id"}
+SAMPLED = ["policy", "prompts", *(f"round_00/{s}" for s in ("generate", "score", "pair", "reference", "train", "evaluate"))]
+ON_PREFERENCES = ["preferences", *(f"round_00/{s}" for s in ("pair", "reference", "train", "evaluate"))]
+
+Kill = tuple[str, str, str, str]
+"""Stage, point, signal, victim: see killed_round.py."""
+PROCESSES = {
+    ("round_00/generate", "EngineActor"): ("start", "middle", "commit"),
+    ("round_00/score", "_RewardModelActor"): ("start", "middle"),
+    ("round_00/reference", "_LogpsActor"): ("start", "middle"),
+    ("round_00/train", "RayTrainWorker"): ("start", "middle"),
+    ("round_00/evaluate", "EngineActor"): ("start", "middle"),
+    ("round_00/evaluate", "_RewardModelActor"): ("start", "middle"),
+    ("round_00/evaluate", "_LogpsActor"): ("start",),
+}
+"""At which points a stage has a process to lose. Before its commit every stage has given back its own; the engine alone
+outlives a stage. The log-probabilities of evaluate's few samples are one part, so they have no middle."""
+PROCESSES_ON_PREFERENCES = {
+    ("round_00/reference", "_LogpsActor"): ("start", "middle"),
+    ("round_00/train", "RayTrainWorker"): ("start", "middle"),
+    ("round_00/evaluate", "_CompareActor"): ("start", "middle"),
+}
 
 
 class Runs(NamedTuple):
     """A configuration, and the commands on it."""
 
     config: Path
-    marker: str
-    """Value of an environment variable that every process of these commands inherits."""
+    env: dict[str, str]
+    left: Callable[[], list[str]]
+    """Processes of these commands that still live."""
 
     def start(self, script: str, *arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "DPO_RAY_KILLED": self.marker}
         command = [sys.executable, script, *arguments, str(self.config), "--root", str(root)]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, start_new_session=True)
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=400, start_new_session=True
+        )
 
     def complete(self, root: Path, *arguments: str) -> None:
         done = self.start("pipelines/full_round.py", *arguments, root=root)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
-    def kill(self, stage: str, point: str, signal: str, victim: str, root: Path) -> subprocess.CompletedProcess[str]:
-        return self.start("tests/runs/killed_round.py", stage, point, signal, victim, root=root)
+    def kill(self, kills: Sequence[Kill], root: Path) -> tuple[subprocess.CompletedProcess[str], list[Kill]]:
+        """Run the command with these kills on the way: how it ended, and which of the kills happened, in order."""
+        log = root / f"kills-{uuid.uuid4().hex}.jsonl"
+        log.touch()
+        wanted = ",".join(" ".join(kill) for kill in kills)
+        done = self.start("tests/runs/killed_round.py", wanted, str(log), root=root)
+        return done, [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
-    def assert_nothing_left(self) -> None:
+    def kill_driver(self, stage: str, point: str, signal: str, root: Path) -> subprocess.CompletedProcess[str]:
+        """Kill the driver: it must have happened, ended the command without a traceback, and left nothing running."""
+        kill = (stage, point, signal, "driver")
+        done, happened = self.kill([kill], root)
+        assert happened == [kill], done.stderr[-1000:]
+        assert done.returncode == (-9 if signal == "SIGKILL" else 130), (kill, done.stderr[-1000:])
+        assert "Traceback" not in done.stderr, (kill, done.stderr)
         wait_until(lambda: self.left() == [], timeout_s=30)
+        assert not (root / "run" / stage / "_manifest.json").exists(), kill
+        return done
 
-    def left(self) -> list[str]:
+
+def marked(config: Path) -> Runs:
+    """Commands that start a local Ray each; a variable of their environment shows every process of theirs."""
+    marker = uuid.uuid4().hex
+
+    def left() -> list[str]:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("DPO_RAY_KILLED") == self.marker and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get("DPO_RAY_KILLED") == marker and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
             except psutil.Error:
                 continue
         return found
 
+    return Runs(config, {**os.environ, "DPO_RAY_KILLED": marker}, left)
+
+
+def on_cluster(config: Path, cluster: Cluster) -> Runs:
+    """Commands that share a cluster, which outlives them: its workers must have none of their actors left."""
+    names = ("EngineActor", "Companion", "_LogpsActor", "_CompareActor", "RayTrainWorker", "TrainController", "_Board")
+
+    def left() -> list[str]:
+        return [title for title in cluster.processes() if any(name in title for name in names)]
+
+    return Runs(config, cluster.env, left)
+
+
+TRAIN = {
+    "beta": 0.1,
+    "learning_rate": 1e-3,
+    "dtype": "float32",
+    "epochs": 12,
+    "global_batch_size": 4,
+    "checkpoint_steps": 10,
+    "resources": {"workers": 2, "cpus": 0.5},
+}
+SMALL = {"rows_per_part": 8}
+
+
+def write_config(directory: Path, policy: PolicyRef, tree: Mapping[str, Any]) -> Path:
+    common = {"name": "run", "root": "/overridden", "policy": policy.path, "reference": {"resources": SMALL}, "train": TRAIN}
+    (directory / "run.yaml").write_text(yaml.safe_dump({**common, **tree}))
+    return directory / "run.yaml"
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, policy: PolicyRef) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, policy: PolicyRef, make_reward_model: Callable[..., str]) -> Runs:
     directory = tmp_path_factory.mktemp("kills")
-    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w10 w{11 + i}"}) + "\n" for i in range(40)))
-    (directory / "scorer.py").write_text(SCORER)
-    small = {"rows_per_part": 8}
+    source = write_jsonl(directory / "prompts.jsonl", [{"prompt": f"w10 w{11 + i}"} for i in range(40)])
     tree = {
-        "name": "run",
-        "root": "/overridden",
-        "policy": policy.path,
         "prompts_per_round": 24,
-        "prompts": {"source": str(directory / "prompts.jsonl"), "eval_prompts": 12},
+        "prompts": {"source": str(source), "eval_prompts": 12},
         "generate": {
             "engine": "hf",
             "max_prompt_tokens": 20,
             "dtype": "float32",
             "sampling": {"max_new_tokens": 8},
-            "resources": {**small, "parts_in_flight": 1},
+            "resources": {**SMALL, "parts_in_flight": 1},
         },
-        "score": {
-            "kind": "function",
-            "function": f"{directory}/scorer.py:score",
-            "resources": {**small, "cpus": 0.5},
-            "drop_non_finite": True,
-        },
-        "pair": {"drop_length_cut": False, "resources": {**small, "cpus": 0.5}},
-        "reference": {"resources": small},
-        "train": {
-            "beta": 0.1,
-            "learning_rate": 1e-3,
-            "dtype": "float32",
-            "epochs": 12,
-            "global_batch_size": 4,
-            "checkpoint_steps": 10,
-            "resources": {"workers": 2, "cpus": 0.5},
-        },
-        "evaluate": {"resources": small},
+        "score": {"kind": "reward_model", "model": make_reward_model(), "dtype": "float32", "resources": SMALL},
+        "pair": {"drop_length_cut": False, "resources": {**SMALL, "cpus": 0.5}},
+        "evaluate": {"resources": SMALL},
     }
-    (directory / "run.yaml").write_text(yaml.safe_dump(tree))
-    return Runs(directory / "run.yaml", uuid.uuid4().hex)
+    return marked(write_config(directory, policy, tree))
+
+
+@pytest.fixture(scope="module")
+def preference_config(tmp_path_factory: pytest.TempPathFactory, policy: PolicyRef) -> Path:
+    directory = tmp_path_factory.mktemp("kills")
+    rows = [{"prompt": f"w10 w{11 + i}", "chosen": f"w50 w{20 + i}", "rejected": f"w60 w{30 + i}"} for i in range(32)]
+    source = write_jsonl(directory / "pairs.jsonl", rows)
+    tree = {
+        "preferences": {"kind": "explicit", "source": str(source), "eval_pairs": 8, "resources": SMALL},
+        "evaluate": {"resources": {"rows_per_part": 4}},
+    }
+    return write_config(directory, policy, tree)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("undisturbed")
     runs.complete(root)
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_preferences(preference_config: Path, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    on_cluster(preference_config, cluster).complete(root)
     return root / "run"
 
 
@@ -123,6 +193,8 @@ def rows(run: Path, stage: str) -> list[dict[str, Any]]:
 def assert_same(run: Path, other: Path) -> None:
     """The tables have the same ids, each once, and the same contents; training took the same steps to the same weights."""
     for stage, key in KEYS.items():
+        if not (other / "round_00" / stage).exists():  # a round on preferences samples nothing
+            continue
         found, wanted = ({r[key]: r for r in rows(where, stage)} for where in (run, other))
         assert len(found) == len(rows(run, stage)), stage
         assert found.keys() == wanted.keys(), stage
@@ -136,7 +208,9 @@ def assert_same(run: Path, other: Path) -> None:
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
     metrics = [json.loads((where / "round_00/evaluate/metrics.json").read_text()) for where in (run, other)]
-    assert metrics[0]["prompts"] == metrics[1]["prompts"]
+    assert metrics[0].keys() == metrics[1].keys()
+    for count in ("prompts", "eval_pairs"):
+        assert metrics[0].get(count) == metrics[1].get(count)
 
 
 def committed(run: Path) -> dict[Path, tuple[int, bytes]]:
@@ -145,22 +219,42 @@ def committed(run: Path) -> dict[Path, tuple[int, bytes]]:
     return {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
 
+def kill_the_driver_everywhere(runs: Runs, stages: Sequence[str], signal: str, root: Path) -> None:
+    """Kill the driver at every point of the stages, one command after another, and then complete the run.
+
+    What was committed before a kill must not be computed again.
+    """
+    before: dict[Path, tuple[int, bytes]] = {}
+    for stage in stages:
+        for point in POINTS:
+            if point == "middle" and stage in ONE_STEP:
+                continue
+            runs.kill_driver(stage, point, signal, root)
+            before |= committed(root / "run")
+    runs.complete(root)
+    after = committed(root / "run")
+    assert {f: after[f] for f in before} == before
+
+
+def kill_processes_everywhere(runs: Runs, processes: Mapping[tuple[str, str], Sequence[str]], root: Path) -> None:
+    """One command that loses every process at every point where there is one, and completes all the same."""
+    asked = [(stage, point, "SIGKILL", victim) for stage, victim in processes for point in POINTS]
+    wanted = [(stage, point, "SIGKILL", victim) for (stage, victim), points in processes.items() for point in points]
+    done, happened = runs.kill(asked, root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert sorted(happened) == sorted(wanted)
+    wait_until(lambda: runs.left() == [], timeout_s=30)
+
+
 def test_round_interrupted_and_killed_while_it_generates_has_every_prompt_once(runs: Runs, tmp_path: Path) -> None:
     generate = tmp_path / "run/round_00/generate"
 
-    done = runs.kill("round_00/generate", "middle", "SIGINT", "driver", tmp_path)
-    assert done.returncode == 130
+    done = runs.kill_driver("round_00/generate", "middle", "SIGINT", tmp_path)
     assert "interrupted" in done.stderr
-    assert "Traceback" not in done.stderr
-    runs.assert_nothing_left()
-    assert not (generate / "_manifest.json").exists()
     assert list((generate / "_parts").iterdir())
     before = committed(tmp_path / "run")
 
-    done = runs.kill("round_00/generate", "commit", "SIGKILL", "driver", tmp_path)
-    assert done.returncode == -9
-    runs.assert_nothing_left()
-    assert not (generate / "_manifest.json").exists()
+    runs.kill_driver("round_00/generate", "commit", "SIGKILL", tmp_path)
     before |= committed(tmp_path / "run")
 
     runs.complete(tmp_path, "--until", "generate")
@@ -172,48 +266,36 @@ def test_round_interrupted_and_killed_while_it_generates_has_every_prompt_once(r
     assert len(samples) == len(set(samples)) == 48
 
 
-STAGES = ["policy", "prompts", *(f"round_00/{s}" for s in ("generate", "score", "pair", "reference", "train", "evaluate"))]
-ONE_STEP = {"policy", "prompts"}  # no rows are committed before their end
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
 def test_round_whose_driver_dies_at_every_point_ends_as_if_undisturbed(
     runs: Runs, undisturbed: Path, tmp_path: Path, signal: str
 ) -> None:
-    before: dict[Path, tuple[int, bytes]] = {}
-    for stage in STAGES:
-        for point in POINTS:
-            if point == "middle" and stage in ONE_STEP:
-                continue
-            done = runs.kill(stage, point, signal, "driver", tmp_path)
-            assert done.returncode == (-9 if signal == "SIGKILL" else 130), (stage, point, done.stderr[-1000:])
-            runs.assert_nothing_left()
-            assert not (tmp_path / "run" / stage / "_manifest.json").exists(), (stage, point)
-            before |= committed(tmp_path / "run")
-    runs.complete(tmp_path)
-    after = committed(tmp_path / "run")
-    assert {f: after[f] for f in before} == before
+    kill_the_driver_everywhere(runs, SAMPLED, signal, tmp_path)
     assert_same(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize(
-    ("stage", "victim"),
-    [
-        ("round_00/generate", "EngineActor"),
-        ("round_00/reference", "_LogpsActor"),
-        ("round_00/train", "RayTrainWorker"),
-        ("round_00/evaluate", "EngineActor"),
-    ],
-)
-def test_round_that_loses_a_process_at_any_point_ends_as_if_undisturbed(
-    runs: Runs, undisturbed: Path, tmp_path: Path, stage: str, victim: str, point: str
+def test_round_that_loses_every_process_at_every_point_ends_as_if_undisturbed(
+    runs: Runs, undisturbed: Path, tmp_path: Path
 ) -> None:
-    done = runs.kill(stage, point, "SIGKILL", victim, tmp_path)
-    if done.returncode != 0:
-        assert f"no {victim} was there" in done.stderr or "Traceback" not in done.stderr
-        runs.complete(tmp_path)
-    runs.assert_nothing_left()
+    kill_processes_everywhere(runs, PROCESSES, tmp_path)
     assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_round_on_preferences_whose_driver_dies_on_a_cluster_ends_as_if_undisturbed(
+    preference_config: Path, cluster: Cluster, undisturbed_on_preferences: Path, tmp_path: Path, signal: str
+) -> None:
+    """The cluster lives on, so that what the dead driver held must be given back by it."""
+    kill_the_driver_everywhere(on_cluster(preference_config, cluster), ON_PREFERENCES, signal, tmp_path)
+    assert_same(tmp_path / "run", undisturbed_on_preferences)
+
+
+@pytest.mark.slow
+def test_round_on_preferences_that_loses_every_process_ends_as_if_undisturbed(
+    preference_config: Path, undisturbed_on_preferences: Path, tmp_path: Path
+) -> None:
+    kill_processes_everywhere(marked(preference_config), PROCESSES_ON_PREFERENCES, tmp_path)
+    assert_same(tmp_path / "run", undisturbed_on_preferences)

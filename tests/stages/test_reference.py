@@ -3,6 +3,8 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.config import RunConfig
+from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.errors import StageError
 from dpo_ray.stages import reference
 
 from ..artifacts import commit_policy, commit_tables, context, kept
@@ -123,6 +125,15 @@ def test_reference_logps_per_token_sum_to_those_of_the_completion(tmp_path, poli
             assert sum(tokens) == pytest.approx(row[f"ref_{side}_logps"], rel=1e-5)
     again, _ = run(tmp_path / "c", policy, pairs, root=tmp_path, per_token=True)
     assert again.metrics["computed"] == 0
+
+
+def test_reference_logps_that_are_not_finite_are_an_error_that_names_the_pair(tmp_path):
+    model = tiny.build_model("llama")
+    model.lm_head.weight.data[:] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(StageError, match=r"chosen_token_ids of pair-0 has the log-probability nan; expected a finite value"):
+        run(tmp_path, PolicyRef(str(tmp_path / "broken"), "broken"), make_pairs()[:1])
 
 
 def test_count_tokens_reads_the_prompt_twice():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from . import rows
 
 PAIRS = tiny.build_pairs(10, seed=1)
 BLOCK = {"beta": 0.1, "learning_rate": 2e-3, "global_batch_size": 4, "max_batch_tokens": 64, "epochs": 2, "dtype": "float32"}
+BLOCK |= {"checkpoint_steps": 4}  # of 6 steps
 
 
 def referenced(policy=None):
@@ -120,14 +122,19 @@ def test_log_at_the_start_needs_no_file(tmp_path):
 def fit(local_ray, tmp_path_factory, policy):
     """Runs the stage on one and on two workers: number of workers -> (directory, output)."""
     made = {}
-    source = commit_tables(tmp_path_factory.mktemp("pairs"), [referenced(policy)])
-    start = commit_policy(tmp_path_factory.mktemp("start"), policy.path, policy.identity)
     for workers in (1, 2):
         directory = tmp_path_factory.mktemp("train")
-        block = BLOCK | {"resources": {"workers": workers, "cpus": 1}}
-        config = RunConfig.model_validate(minimal() | {"train": block})
-        made[workers] = directory, train.stage(config, 0, "policy").run(context(directory, {"pairs": source, "policy": start}))
+        made[workers] = directory, run(directory, policy, workers)
     return made
+
+
+def run(directory, policy, workers, fingerprint="f1"):
+    inputs = {
+        "pairs": commit_tables(directory / "pairs", [referenced(policy)]),
+        "policy": commit_policy(directory / "start", policy.path, policy.identity),
+    }
+    config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}}})
+    return train.stage(config, 0, "policy").run(context(directory, inputs, fingerprint=fingerprint))
 
 
 def log(directory):
@@ -181,6 +188,21 @@ def test_train_learns_the_pairs(fit):
     metrics = log(fit[2][0])
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.05
     assert metrics[-1]["rewards/margins"] > 0.1
+
+
+@pytest.mark.parametrize(("fingerprint", "resumes"), [("f1", True), ("f2", False)], ids=["same", "other"])
+def test_train_again_goes_on_from_its_own_checkpoint_and_from_no_other(fit, tmp_path, policy, fingerprint, resumes):
+    """Two workers wrote the checkpoint of step 4, one goes on; a mark in the log shows which steps were taken again."""
+    shutil.copytree(fit[2][0], tmp_path / "killed")
+    steps = log(tmp_path / "killed")
+    write_log(str(tmp_path / "killed"), [{**step, "mark": 1.0} for step in steps])
+    shutil.rmtree(tmp_path / "killed/policy")
+    output = run(tmp_path / "killed", policy, 1, fingerprint)
+    again = log(tmp_path / "killed")
+    assert [step.pop("mark", None) for step in again] == ([1.0] * 4 if resumes else [None] * 4) + [None] * 2
+    for got, want in zip(again, steps, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert output.metrics["identity"] == policy_identity(tmp_path / "killed/policy")
 
 
 def test_train_exported_policy_loaded_by_transformers_gives_the_trained_logits(fit, policy):
