@@ -20,8 +20,12 @@ from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.requests import EngineSettings, Request
 from dpo_ray.learn import batches, dpo, optim
-from dpo_ray.learn.batched import score_completions
+from dpo_ray.learn.batched import group_tokens, score_groups
+from dpo_ray.learn.layout import Group
+from dpo_ray.learn.losses import Term
+from dpo_ray.learn.objective import Objective, PairRows
 from dpo_ray.learn.policy import export_policy, load_policy, policy_identity, shard
+from dpo_ray.learn.probe import choose_path
 from dpo_ray.quickstart.policy import build_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -53,7 +57,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows() -> dpo.PairRows:
+def rows() -> PairRows:
     """Pairs of HH-RLHF's shape: prompts of about 100 tokens, completions of about 200."""
     draw = random.Random(0)
 
@@ -62,7 +66,7 @@ def rows() -> dpo.PairRows:
 
     zeros = [0.0] * PAIRS
     columns = [[ids(mean) for _ in range(PAIRS)] for mean in (100, 200, 200)]
-    return dpo.PairRows([f"pair-{i}" for i in range(PAIRS)], *columns, zeros, zeros)
+    return PairRows([f"pair-{i}" for i in range(PAIRS)], *columns, zeros, zeros)
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +77,25 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def reference(policy: Path, rows: dpo.PairRows, dtype: torch.dtype, device: str = "cuda") -> list[list[float]]:
+def groups_of(rows: PairRows) -> list[Group]:
+    columns = (rows.prompt_token_ids, rows.chosen_token_ids, rows.rejected_token_ids)
+    return [Group(prompt, sides) for prompt, *sides in zip(*columns, strict=True)]
+
+
+def longest(rows: PairRows) -> Group:
+    return max(groups_of(rows), key=lambda group: group_tokens(group, share_prompt=True))
+
+
+def reference(policy: Path, rows: PairRows, dtype: torch.dtype, device: str = "cuda") -> list[list[float]]:
+    """Log-probabilities of chosen and of rejected."""
     model = load_policy(str(policy), dtype=dtype).to(device)
-    return [
-        score_completions(model, rows.prompt_token_ids, side, max_batch_tokens=16384, pad_token_id=0)
-        for side in (rows.chosen_token_ids, rows.rejected_token_ids)
-    ]
+    path = choose_path(model, longest(rows), pad_token_id=0)
+    scored = score_groups(model, groups_of(rows), path, max_batch_tokens=16384, pad_token_id=0)
+    return [[pair[side].logps for pair in scored] for side in range(2)]
 
 
-def test_reference_bf16_on_gpu_is_close_to_float32_on_gpu(policy: Path, rows: dpo.PairRows) -> None:
-    few = dpo.PairRows(*(column[:32] for column in rows))
+def test_reference_bf16_on_gpu_is_close_to_float32_on_gpu(policy: Path, rows: PairRows) -> None:
+    few = PairRows(*(column and column[:32] for column in rows))
     exact, half = reference(policy, few, torch.float32), reference(policy, few, torch.bfloat16)
     worst = max(
         abs(a - b) / len(ids)
@@ -93,9 +106,7 @@ def test_reference_bf16_on_gpu_is_close_to_float32_on_gpu(policy: Path, rows: dp
     assert worst < 0.01
 
 
-def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(
-    policy: Path, rows: dpo.PairRows, group: None, tmp_path: Path
-) -> None:
+def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: PairRows, group: None, tmp_path: Path) -> None:
     started = time.perf_counter()
     chosen, rejected = reference(policy, rows, torch.bfloat16)
     tokens = 2 * sum(map(len, rows.prompt_token_ids)) + sum(len(i) for side in rows[2:4] for i in side)
@@ -104,18 +115,20 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(
     rows = rows._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     model = load_policy(str(policy), dtype=torch.float32).to("cuda")
+    path = choose_path(model, longest(rows), pad_token_id=0)
     model = shard(model, init_device_mesh("cuda", (1,)), compute_dtype=torch.bfloat16)
     optimizer = optim.build_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
-    sides = [[len(p) + len(c) for p, c in zip(rows.prompt_token_ids, side, strict=True)] for side in rows[2:4]]
-    lengths = np.stack([np.array(s) for s in sides], axis=1)
-    how = {"global_batch_size": 64, "world_size": 1, "max_batch_tokens": 16384, "seed": 0}
+    lengths = np.array([[len(g.prompt), *map(len, g.completions)] for g in groups_of(rows)])
+    how = {"global_batch_size": 64, "world_size": 1, "max_batch_tokens": 16384, "seed": 0, "share_prompt": path.share_prompt}
     plan = [step for epoch in range(3) for step in batches.plan_epoch(lengths, epoch=epoch, **how)]
     steps = dpo.dpo_steps(
         model,
         optimizer,
-        lambda indices: dpo.PairRows(*([column[i] for i in indices] for column in rows)),
+        lambda indices: PairRows(*(column and [column[i] for i in indices] for column in rows)),
         plan,
-        beta=0.1,
+        path,
+        Objective([Term("sigmoid")], 0.1),
+        lengths,
         learning_rate_for=lambda step: 1e-5,
         max_grad_norm=1.0,
         pad_token_id=0,
