@@ -44,8 +44,7 @@ def assert_refused(command: Command, policy: Path, *facts: str, until: str) -> N
     err = command.refused("--until", until, kind="StageError")
     assert [f for f in (f"the vllm engine could not load {policy}: ", *facts, "See ") if f not in err] == []
     assert len(err.strip().splitlines()) == 1, err
-    wait_until(lambda: ray.available_resources().get("CPU") == NUM_CPUS)
-    assert left() == []
+    wait_until(lambda: ray.available_resources().get("CPU") == NUM_CPUS and left() == [])
 
 
 def left() -> list[str]:

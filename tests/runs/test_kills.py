@@ -45,8 +45,9 @@ PROCESSES = {
     ("round_00/evaluate", "_RewardModelActor"): ("start", "middle"),
     ("round_00/evaluate", "_LogpsActor"): ("start",),
 }
-"""At which points a stage has a process to lose. Before its commit every stage has given back its own; the engine alone
-outlives a stage. The log-probabilities of evaluate's few samples are one part, so they have no middle."""
+"""At which points a stage has a process to lose for sure. Before its commit a stage gives back its own, which may still be
+about to end and then is killed too; the engine alone outlives a stage. The log-probabilities of evaluate's few samples
+are one part, so they have no middle."""
 PROCESSES_ON_PREFERENCES = {
     ("round_00/reference", "_LogpsActor"): ("start", "middle"),
     ("round_00/train", "RayTrainWorker"): ("start", "middle"),
@@ -87,9 +88,16 @@ class Runs(NamedTuple):
         assert happened == [kill], done.stderr[-1000:]
         assert done.returncode == (-9 if signal == "SIGKILL" else 130), (kill, done.stderr[-1000:])
         assert "Traceback" not in done.stderr, (kill, done.stderr)
-        wait_until(lambda: self.left() == [], timeout_s=30)
+        # After Ctrl-C the driver ends its Ray; after SIGKILL Ray's own processes have to notice that it is gone.
+        self.wait_until_none_left(30 if signal == "SIGINT" else 120)
         assert not (root / "run" / stage / "_manifest.json").exists(), kill
         return done
+
+    def wait_until_none_left(self, timeout_s: float) -> None:
+        try:
+            wait_until(lambda: self.left() == [], timeout_s)
+        except TimeoutError as error:
+            raise AssertionError(f"still running after {timeout_s:g} s: {self.left()}") from error
 
 
 def marked(config: Path) -> Runs:
@@ -242,8 +250,9 @@ def kill_processes_everywhere(runs: Runs, processes: Mapping[tuple[str, str], Se
     wanted = [(stage, point, "SIGKILL", victim) for (stage, victim), points in processes.items() for point in points]
     done, happened = runs.kill(asked, root)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert sorted(happened) == sorted(wanted)
-    wait_until(lambda: runs.left() == [], timeout_s=30)
+    assert set(wanted) <= set(happened)
+    assert len(happened) == len(set(happened))
+    runs.wait_until_none_left(30)
 
 
 def test_round_interrupted_and_killed_while_it_generates_has_every_prompt_once(runs: Runs, tmp_path: Path) -> None:
