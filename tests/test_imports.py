@@ -97,6 +97,16 @@ def test_stages_import_no_other_stage():
     assert breaking("dpo_ray/stages", ("dpo_ray.stages", "pipelines")) == []
 
 
+def test_library_imports_nothing_that_uses_it():
+    assert breaking("dpo_ray", ("pipelines", "examples", "benchmarks", "tests")) == []
+
+
+def test_own_loop_needs_no_ray():
+    loaded = loaded_after("import examples.own_loop")
+    assert "torch" in loaded
+    assert loaded & {"ray", "vllm"} == set()
+
+
 @pytest.mark.parametrize("package", ["engines", "scorers", "learn", "flow", "quickstart"])
 def test_package_below_stages_imports_no_stage(package):
     assert breaking(f"dpo_ray/{package}", ("dpo_ray.stages", "dpo_ray.cli", "pipelines")) == []
