@@ -23,7 +23,7 @@ from dpo_ray.learn.policy_files import policy_identity
 from dpo_ray.pair_table import PairTable, columns_of
 from dpo_ray.schemas import REFERENCED
 from dpo_ray.stages import train
-from dpo_ray.stages.train import plan_steps, read_log, write_log
+from dpo_ray.train_worker import plan_steps, read_log, write_log
 
 from ..artifacts import commit, commit_policy, commit_tables, context
 from ..learn import tiny
