@@ -44,7 +44,6 @@ def run_worker(arguments: dict[str, Any]) -> None:
         with latest.as_directory() as saved:
             done = checkpoint.load_checkpoint(saved, model, optimizer)
     log = read_log(directory, done)
-    pairs_done = sum(len(rows) for step in plan[:done] for micro in step for rows in micro)
     steps = dpo.dpo_steps(
         model,
         optimizer,
@@ -64,10 +63,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
     for metrics in steps:
         done += 1
         log.append(metrics)
-        pairs_done += sum(len(rows) for micro in plan[done - 1] for rows in micro)
         if rank == 0:
             shown = {k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies")}
-            arguments["board"].put.remote(pairs_done, len(table) * block.epochs, shown)
+            arguments["board"].put.remote(plan.pairs_before(done), len(table) * block.epochs, shown)
         if done % block.checkpoint_steps == 0 and done < len(plan):
             if rank == 0:
                 write_log(directory, log)
@@ -117,23 +115,19 @@ def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: in
             storage.write_json(f"{directory}/identity.json", {"identity": policy_identity(target)})
 
 
-def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> list[Any]:
-    """Every step of every epoch: per rank a list of micro-batches of row indices."""
-    from dpo_ray.learn.batches import plan_epoch
+def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> Any:
+    """Every step of every epoch, as learn.batches.Plan."""
+    from dpo_ray.learn.batches import Plan
 
-    return [
-        step
-        for epoch in range(block.epochs)
-        for step in plan_epoch(
-            lengths,
-            global_batch_size=block.global_batch_size,
-            world_size=world_size,
-            max_batch_tokens=block.max_batch_tokens,
-            seed=seed,
-            epoch=epoch,
-            share_prompt=share_prompt,
-        )
-    ]
+    return Plan(
+        lengths,
+        epochs=block.epochs,
+        global_batch_size=block.global_batch_size,
+        world_size=world_size,
+        max_batch_tokens=block.max_batch_tokens,
+        seed=seed,
+        share_prompt=share_prompt,
+    )
 
 
 def read_log(directory: str, done: int) -> list[dict[str, float]]:

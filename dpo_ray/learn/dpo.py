@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dpo_ray.errors import NonFiniteLossError
 from dpo_ray.learn.batches import Step
 from dpo_ray.learn.logps import Path
-from dpo_ray.learn.losses import check_whole_batch
+from dpo_ray.learn.losses import WHOLE_BATCH, check_whole_batch
 from dpo_ray.learn.objective import Objective, PairResult, PairRows, pair_losses
 from dpo_ray.learn.optim import clip_gradients
 
@@ -68,8 +68,9 @@ def dpo_steps(
         NonFiniteLossError: on every rank, before the optimizer changes the policy.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    num_micro_batches = max((len(micro_batches) for step in plan for micro_batches in step), default=0)
-    check_whole_batch(objective.terms, world_size=len(plan[0]) if plan else 1, micro_batches=num_micro_batches)
+    if any(term.name in WHOLE_BATCH for term in objective.terms):  # else do not make a lazy plan cut every step at once
+        num_micro_batches = max((len(micro_batches) for step in plan for micro_batches in step), default=0)
+        check_whole_batch(objective.terms, world_size=len(plan[0]) if plan else 1, micro_batches=num_micro_batches)
     for step in range(start_step, len(plan)):
         rows_of_step = [row for micro_batches in plan[step] for rows in micro_batches for row in rows]
         num_pairs, (prompts, chosen, rejected) = len(rows_of_step), lengths[rows_of_step].sum(axis=0).tolist()

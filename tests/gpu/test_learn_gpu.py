@@ -120,7 +120,7 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: P
     optimizer = optim.build_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
     lengths = np.array([[len(g.prompt), *map(len, g.completions)] for g in groups_of(rows)])
     how = {"global_batch_size": 64, "world_size": 1, "max_batch_tokens": 16384, "seed": 0, "share_prompt": path.share_prompt}
-    plan = [step for epoch in range(3) for step in batches.plan_epoch(lengths, epoch=epoch, **how)]
+    plan = batches.Plan(lengths, epochs=3, **how)
     steps = dpo.dpo_steps(
         model,
         optimizer,

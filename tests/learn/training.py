@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_ray.learn import attention
-from dpo_ray.learn.batches import Step, plan_epoch
+from dpo_ray.learn.batches import Plan, Step
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
 from dpo_ray.learn.losses import Term
@@ -35,19 +35,15 @@ def build_adamw(model: PreTrainedModel) -> torch.optim.AdamW:
     return build_optimizer(model, learning_rate=0.0, weight_decay=0.1, betas=(0.9, 0.95))
 
 
-def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size: int, epochs: int = 1) -> list[Step]:
-    return [
-        step
-        for epoch in range(epochs)
-        for step in plan_epoch(
-            tiny.pair_lengths(pairs),
-            global_batch_size=batch_size,
-            world_size=world_size,
-            max_batch_tokens=max_batch_tokens,
-            seed=0,
-            epoch=epoch,
-        )
-    ]
+def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size: int, epochs: int = 1) -> Plan:
+    return Plan(
+        tiny.pair_lengths(pairs),
+        epochs=epochs,
+        global_batch_size=batch_size,
+        world_size=world_size,
+        max_batch_tokens=max_batch_tokens,
+        seed=0,
+    )
 
 
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
