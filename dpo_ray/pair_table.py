@@ -1,20 +1,20 @@
 """The pairs that a round trains on, as a training worker reads them.
 
 In: parquet files of REFERENCED (or of PREFERENCES, for losses without a reference). Out: rows by index, and their lengths.
+Invariant: rows come from a map of this node's copy (`node_copy.py`), so that a worker's heap does not grow with the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_ray.config import Train
 from dpo_ray.errors import StageError
-from dpo_ray.flow.artifact import read_table
+from dpo_ray.node_copy import BLOCK_ROWS, open_copy
 
 ROWS = ("pair_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -29,42 +29,53 @@ def columns_of(block: Train) -> list[str]:
 
 
 class PairTable:
-    """The pairs of a round, in Arrow memory; rows are taken by index.
+    """The pairs of a round; rows are taken by index.
+
+    `lengths` is a (pairs, 3) int32 memory map: tokens of prompt, chosen and rejected.
+
+    Args:
+        uris: the parquet files, in order.
+        table_hash: hash of their contents, which is the output hash of the stage that committed them.
 
     Raises:
         StageError: a value that the loss needs is missing, or no log-probability.
     """
 
-    def __init__(self, uris: Sequence[str], columns: Sequence[str]) -> None:
-        self.table = pa.concat_tables(read_table(uri, columns) for uri in uris).combine_chunks()
+    def __init__(self, uris: Sequence[str], columns: Sequence[str], table_hash: str) -> None:
         self.columns = columns
+        self.rows, self.lengths = open_copy(uris, columns, table_hash, lists=ROWS[1:])
         for column in columns:
             self._check(column)
-        self.lengths = np.stack([pc.list_value_length(self.table[c]).to_numpy() for c in ROWS[1:]], axis=1)
 
     def _check(self, column: str) -> None:
-        values = self.table[column]
-        bad = pc.is_null(values)
-        if column in REFERENCE:  # NaN passes through every comparison of training unseen
-            bad = pc.or_(pc.fill_null(pc.invert(pc.is_finite(values)), True), pc.fill_null(pc.greater(values, 0.0), True))
-        if num_bad := pc.sum(bad).as_py():
-            first = pc.index(bad, True).as_py()
+        num_bad, first = 0, ""
+        for block in self._blocks():
+            values = block[column]
+            bad = pc.is_null(values)
+            if column in REFERENCE:  # NaN passes through every comparison of training unseen
+                bad = pc.or_(pc.fill_null(pc.invert(pc.is_finite(values)), True), pc.fill_null(pc.greater(values, 0.0), True))
+            if not num_bad and (row := pc.index(bad, True).as_py()) >= 0:
+                first = f"{block['pair_id'][row]} with {values[row]}"
+            num_bad += pc.sum(bad).as_py()
+        if num_bad:
             expected = "a finite log-probability <= 0" if column in REFERENCE else "a value"
             raise StageError(
-                f"train: {num_bad} of {len(values)} pairs have no usable {column}; the first is pair "
-                f"{self.table['pair_id'][first]} with {values[first]}, expected {expected}. Run the stage before it again with "
-                "--redo"
+                f"train: {num_bad} of {len(self)} pairs have no usable {column}; the first is pair {first}, expected "
+                f"{expected}. Run the stage before it again with --redo"
             )
 
+    def _blocks(self) -> Iterator[pa.RecordBatch]:
+        return (self.rows.get_batch(i) for i in range(self.rows.num_record_batches))
+
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.lengths)
 
     def fetch(self, rows: list[int]) -> Any:
         """The rows as learn.objective.PairRows."""
         from dpo_ray.learn.objective import PairRows
 
-        taken = self.table.take(rows)
-        return PairRows(**{c: taken[c].to_pylist() for c in self.columns})
+        taken = [self.rows.get_batch(row // BLOCK_ROWS).slice(row % BLOCK_ROWS, 1) for row in rows]
+        return PairRows(**{c: [row[c][0].as_py() for row in taken] for c in self.columns})
 
     def longest(self) -> Any:
         """The pair with the most tokens, as learn.layout.Group."""

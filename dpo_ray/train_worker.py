@@ -36,7 +36,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         matmul.float32_matmul_fast_path()
     torch.manual_seed(config.seed)
 
-    table = PairTable(arguments["tables"], columns_of(block))
+    table = PairTable(arguments["tables"], columns_of(block), arguments["table_hash"])
     model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
     done = 0

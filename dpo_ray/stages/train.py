@@ -49,6 +49,7 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
         "round": round_,
         "policy": policy_ref(context.inputs["policy"], trust_remote_code=config.trust_remote_code),
         "tables": [pairs.uri(f) for f in pairs.tables()],
+        "table_hash": pairs.manifest.output_hash,
         "directory": context.directory,
     }
     scaling = ray.train.ScalingConfig(

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dpo_ray.flow.artifact import read_artifact
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.pair_table import REFERENCE, ROWS, PairTable
 
@@ -78,8 +79,10 @@ def test_round_submitted_completions_are_distinct_samples_with_their_own_seeds(r
 
 def test_round_submitted_token_ids_travel_unchanged_from_the_engine_to_the_trainer(run: Path) -> None:
     sampled = {r["prompt_id"]: r for r in table(run, "round_00/generate")}
-    files = [f["path"] for f in manifest(run, "round_00/reference")["files"]]
-    pairs = PairTable([str(run / "round_00/reference" / f) for f in files], [*ROWS, *REFERENCE])
+    committed = read_artifact(str(run / "round_00/reference"))
+    assert committed is not None
+    uris = [committed.uri(f) for f in committed.tables()]
+    pairs = PairTable(uris, [*ROWS, *REFERENCE], committed.manifest.output_hash)
     for i, row in enumerate(table(run, "round_00/reference")):
         into_the_batch, source = pairs.fetch([i]), sampled[row["prompt_id"]]
         assert into_the_batch.pair_id == [row["pair_id"]]

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import policy_ref
-from dpo_ray.errors import StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
 from dpo_ray.learn.losses import Term
@@ -20,7 +19,7 @@ from dpo_ray.learn.objective import Objective
 from dpo_ray.learn.optim import build_optimizer, learning_rate_at
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.learn.policy_files import policy_identity
-from dpo_ray.pair_table import PairTable, columns_of
+from dpo_ray.pair_table import columns_of
 from dpo_ray.schemas import REFERENCED
 from dpo_ray.stages import train
 from dpo_ray.train_worker import plan_steps, read_log, write_log
@@ -48,46 +47,9 @@ def referenced(policy=None):
     return pa.Table.from_pylist(made, REFERENCED)
 
 
-@pytest.fixture
-def table(tmp_path):
-    made = referenced()
-    artifact = commit_tables(tmp_path, [made.slice(0, 3), made.slice(3, 6), made.slice(9)])
-    return PairTable([artifact.uri(f) for f in artifact.tables()], columns_of(Train.model_validate(BLOCK)))
-
-
-def test_pair_table_fetches_rows_by_index_over_all_files(table):
-    assert len(table) == 10
-    got = table.fetch([9, 0, 4, 4])
-    for field in ("pair_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"):
-        assert getattr(got, field) == [getattr(PAIRS, field)[i] for i in (9, 0, 4, 4)]
-    assert got.ref_chosen_logps == [-9.0, -0.0, -4.0, -4.0]
-
-
-def test_pair_table_lengths_are_those_of_prompt_and_completion(table):
-    assert table.lengths.tolist() == tiny.pair_lengths(PAIRS).tolist()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.25])
-def test_pair_table_refuses_a_reference_that_is_no_log_probability(tmp_path, value):
-    made = referenced().to_pylist()
-    made[3]["ref_rejected_logps"] = value
-    artifact = commit_tables(tmp_path, [pa.Table.from_pylist(made, REFERENCED)])
-    uris = [artifact.uri(f) for f in artifact.tables()]
-    with pytest.raises(StageError, match=r"1 of 10 pairs have no usable ref_rejected_logps; the first is pair pair-3 with"):
-        PairTable(uris, columns_of(Train.model_validate(BLOCK)))
-    assert len(PairTable(uris, columns_of(Train.model_validate(BLOCK | {"loss": "simpo"})))) == 10
-
-
-def test_pair_table_refuses_pairs_without_what_the_loss_needs(tmp_path):
-    artifact = commit_tables(tmp_path, [referenced()])
-    uris = [artifact.uri(f) for f in artifact.tables()]
-    with pytest.raises(StageError, match="10 of 10 pairs have no usable ref_chosen_token_logps"):
-        PairTable(uris, columns_of(Train.model_validate(BLOCK | {"ld_alpha": 0.5})))
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_plan_steps_every_epoch_has_every_row_once_in_global_batches(table, world_size):
-    plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
+def test_plan_steps_every_epoch_has_every_row_once_in_global_batches(world_size):
+    plan = plan_steps(tiny.pair_lengths(PAIRS), Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
     batches = [sorted(row for micro in step for batch in micro for row in batch) for step in plan]
     assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
     for epoch in (batches[:3], batches[3:]):
@@ -95,9 +57,9 @@ def test_plan_steps_every_epoch_has_every_row_once_in_global_batches(table, worl
     assert batches[:3] != batches[3:]
 
 
-def test_plan_steps_pairs_of_a_step_do_not_depend_on_the_number_of_workers(table):
+def test_plan_steps_pairs_of_a_step_do_not_depend_on_the_number_of_workers():
     def pairs(world_size):
-        plan = plan_steps(table.lengths, Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
+        plan = plan_steps(tiny.pair_lengths(PAIRS), Train.model_validate(BLOCK), world_size, seed=0, share_prompt=True)
         return [sorted(row for micro in step for batch in micro for row in batch) for step in plan]
 
     assert pairs(1) == pairs(2) == pairs(3)
