@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_ray.config import Train
-from dpo_ray.errors import StageError
+from dpo_ray.errors import ConfigError, StageError
 from dpo_ray.node_copy import BLOCK_ROWS, open_copy
 
 ROWS = ("pair_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
@@ -83,3 +83,24 @@ class PairTable:
 
         pair = self.fetch([int(self.lengths.sum(axis=1).argmax())])
         return Group(pair.prompt_token_ids[0], [pair.chosen_token_ids[0], pair.rejected_token_ids[0]])
+
+    def check_budget(self, max_batch_tokens: int, *, share_prompt: bool) -> None:
+        """Hold the longest pair, in the layout of the batches, against the budget of a micro-batch.
+
+        Raises:
+            ConfigError: it is longer.
+        """
+        from dpo_ray.learn.batches import pair_tokens
+
+        tokens = pair_tokens(self.lengths, share_prompt=share_prompt)
+        row = int(tokens.argmax())
+        if tokens[row] > max_batch_tokens:
+            prompt, chosen, rejected = self.lengths[row].tolist()
+            layout = "" if share_prompt else ", each completion in a row of its own behind the prompt, padded to the longer"
+            raise ConfigError(
+                f"train.max_batch_tokens={max_batch_tokens} is below the longest pair: {self.fetch([row]).pair_id[0]} has "
+                f"{tokens[row]} tokens (prompt {prompt}, chosen {chosen}, rejected {rejected}{layout}), and "
+                f"{int((tokens > max_batch_tokens).sum())} of {len(self)} pairs are too long. Set it to at least "
+                f"{tokens[row]}, or lower the limits that let such pairs in: generate.max_prompt_tokens and "
+                "generate.sampling.max_new_tokens, or preferences.max_tokens"
+            )

@@ -37,7 +37,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
 
     table = PairTable(arguments["tables"], columns_of(block), arguments["table_hash"])
+    table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
     model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
+    table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
     done = 0
     if latest := ray.train.get_checkpoint():

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_ray import node_copy
 from dpo_ray.config import Train
-from dpo_ray.errors import StageError
+from dpo_ray.errors import ConfigError, StageError
 from dpo_ray.flow.artifact import write_table
 from dpo_ray.node_copy import BLOCK_ROWS
 from dpo_ray.pair_table import PairTable, columns_of
@@ -106,6 +106,18 @@ def test_pair_table_refuses_pairs_without_what_the_loss_needs(tmp_path):
         StageError, match="10 of 10 pairs have no usable ref_chosen_token_logps; the first is pair pair-0 with None"
     ):
         open_pairs(tmp_path, referenced(), ld_alpha=0.5)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_pair_table_check_budget_names_the_longest_pair_and_its_tokens(tmp_path, share_prompt):
+    made = referenced()
+    made[6] |= {"prompt_token_ids": [5] * 30, "chosen_token_ids": [6] * 20, "rejected_token_ids": [7] * 4}
+    table, tokens = open_pairs(tmp_path, made), 54 if share_prompt else 100
+    table.check_budget(tokens, share_prompt=share_prompt)
+    with pytest.raises(ConfigError) as error:
+        table.check_budget(tokens - 1, share_prompt=share_prompt)
+    for part in (f"max_batch_tokens={tokens - 1}", "pair-6", f"{tokens} tokens", "prompt 30, chosen 20, rejected 4", "1 of 10"):
+        assert part in str(error.value)
 
 
 MEASURED = """

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import policy_ref
+from dpo_ray.errors import StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
 from dpo_ray.learn.losses import Term
@@ -90,12 +91,12 @@ def fit(local_ray, tmp_path_factory, policy):
     return made
 
 
-def run(directory, policy, workers, fingerprint="f1"):
+def run(directory, policy, workers, fingerprint="f1", **fields):
     inputs = {
         "pairs": commit_tables(directory / "pairs", [referenced(policy)]),
         "policy": commit_policy(directory / "start", policy.path, policy.identity),
     }
-    config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}}})
+    config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}} | fields})
     return train.stage(config, 0, "policy").run(context(directory, inputs, fingerprint=fingerprint))
 
 
@@ -192,3 +193,10 @@ def test_train_output_names_the_policy_by_its_contents_and_lists_its_files(fit):
     assert (ref.path, ref.identity) == (f"{directory}/policy", output.metrics["identity"])
     assert output.metrics["last_loss"] == log(directory)[-1]["loss"]
     assert output.metrics["tokens"] == sum(m["num_tokens"] for m in log(directory))
+
+
+def test_train_budget_below_the_longest_pair_names_it_before_any_step(local_ray, tmp_path, policy):
+    tokens = tiny.pair_lengths(PAIRS).sum(1)
+    with pytest.raises(StageError, match=rf"max_batch_tokens=15 .* pair-{tokens.argmax()} has {tokens.max()} tokens"):
+        run(tmp_path, policy, 2, max_batch_tokens=15)
+    assert not (tmp_path / "metrics.jsonl").exists()
