@@ -29,6 +29,11 @@ PAIRS = tiny.build_pairs(13)
 BATCH_SIZE = 8  # global batches of 8 and 5 pairs
 BUDGET = 60
 EPOCHS = 2  # 4 steps
+LAYOUTS = {  # pairs of a micro-batch x micro-batches x ranks, and a tail of 5 pairs in the same way
+    "8x1x1": [[[[0, 1, 2, 3, 4, 5, 6, 7]]], [[[8, 9, 10, 11, 12]]]],
+    "2x4x1": [[[[0, 1], [2, 3], [4, 5], [6, 7]]], [[[8, 9], [10, 11], [12]]]],
+    "2x2x2": [[[[0, 1], [2, 3]], [[4, 5], [6, 7]]], [[[8, 9], [12]], [[10, 11], []]]],
+}
 IDS_ST = torch.arange(3, 23).view(2, 10)
 COLLECTIVE_TIMEOUT_S, SPAWN_TIMEOUT_S = 60, 150
 
@@ -37,6 +42,10 @@ def gradients_of(name: str, policies: dict[str, str], mesh, max_batch_tokens: in
     world_size = mesh.size() if mesh else 1
     plan = training.plan(PAIRS, world_size, max_batch_tokens, batch_size=BATCH_SIZE)
     return training.gradients(training.build(policies[name], mesh, **options), PAIRS, plan)
+
+
+def layout_gradients(layout: str, policies: dict[str, str], mesh):
+    return training.gradients(training.build(policies["qwen2"], mesh), PAIRS, LAYOUTS[layout])
 
 
 def fresh(policies: dict[str, str], mesh):
@@ -92,6 +101,7 @@ def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
     mesh = dist.init_device_mesh("cpu", (2,))
     results = {
         "gradients": {name: gradients_of(name, policies, mesh) for name in ("qwen2", "llama", "gpt2", "gemma2")},
+        "layout": layout_gradients("2x2x2", policies, mesh),
         "checkpointed": gradients_of("qwen2", policies, mesh, activation_checkpointing=True),
         "one_pair": training.train(*fresh(policies, mesh), PAIRS, [[[[3]], [[]]]]),
         "trained": trained_and_exported(policies, mesh, root),
@@ -131,6 +141,14 @@ def test_two_ranks_gradients_equal_one_process(results, policies, name, max_batc
     got = results[0]["gradients"][name]
     assert len(got) == len(want) == 2
     assert max(training.relative_error(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
+
+
+def test_gradients_do_not_depend_on_how_a_global_batch_is_cut(results, policies):
+    """TOLERANCE_NOTE"""
+    want = layout_gradients("8x1x1", policies, None)
+    for got in (layout_gradients("2x4x1", policies, None), results[0]["layout"], results[1]["layout"]):
+        assert len(got) == len(want) == 2
+        assert max(training.relative_error(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
 
 
 def test_two_ranks_with_activation_checkpointing_have_the_same_gradients(results):
