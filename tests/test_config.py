@@ -107,6 +107,8 @@ def test_config_unknown_key_is_refused_with_its_place(path):
         ("prompts_per_round", 0),
         ("train.beta", 0),
         ("train.beta", -0.1),
+        ("train.beta", float("inf")),
+        ("train.learning_rate", float("nan")),
         ("train.learning_rate", 0),
         ("train.warmup_ratio", 1.0),
         ("train.loss", "hnge"),
@@ -278,6 +280,14 @@ def test_preference_run_of_several_rounds_needs_pairs_per_round():
 def test_config_option_that_another_disables_is_refused(fields, option):
     with pytest.raises(ValidationError, match=f"{option}.* would be ignored"):
         RunConfig.model_validate(minimal() | fields)
+
+
+@pytest.mark.parametrize("option", ["cache", "per_token"])
+def test_config_reference_option_without_a_reference_is_refused(option):
+    fields = {"train": minimal()["train"] | {"loss": "simpo"}, "reference": {option: option == "per_token"}}
+    with pytest.raises(ValidationError, match=f"{option} would be ignored"):
+        RunConfig.model_validate(minimal() | fields)
+    assert RunConfig.model_validate(minimal() | fields | {"train": minimal()["train"]}).reference.changed(option)
 
 
 def test_config_revisions_of_hub_names_are_taken():

@@ -59,6 +59,16 @@ class RunBlock(Block):
         return self
 
     @model_validator(mode="after")
+    def reference_options_need_a_reference(self) -> RunBlock:
+        ignored = self.reference.changed("cache", "per_token")
+        if ignored and not self.train.needs_reference:
+            raise ValueError(
+                f"reference: {', '.join(ignored)} would be ignored: no loss of train.loss compares with a reference, so its "
+                "stage is skipped; take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def revisions_belong_to_hub_policies(self) -> RunBlock:
         if self.policy_revision and (self.policy == "quickstart" or self.policy.startswith(("/", "./", "../", "~"))):
             raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
