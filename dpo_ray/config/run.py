@@ -74,6 +74,23 @@ class RunBlock(Block):
             raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
         return self
 
+    @model_validator(mode="after")
+    def sampler_values_serve_the_loss_of_every_round(self) -> RunBlock:
+        if self.reference.reuse == "none":
+            return self
+        if not self.train.needs_reference:
+            raise ValueError("reference.reuse would be ignored: no loss of train.loss needs a reference; take it out")
+        if self.train.ld_alpha is not None:
+            raise ValueError(
+                "reference.reuse `sampler` has one value a completion, and train.ld_alpha needs each token's; take out either"
+            )
+        if self.rounds > 1 and self.reference.policy == "initial":
+            raise ValueError(
+                f"reference.reuse `sampler` with reference `initial` and rounds={self.rounds}: from the second round on "
+                "another policy samples the pairs; take out reuse, or use `previous`"
+            )
+        return self
+
     @property
     def directory(self) -> str:
         return f"{self.root}/{self.name}"
@@ -89,6 +106,25 @@ class RunConfig(RunBlock):
     score: Score
     pair: Pair = Pair()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def reused_sampler_values_are_of_the_plain_distribution(self) -> RunConfig:
+        if self.reference.reuse == "none":
+            return self
+        if not self.generate.sampler_logps:
+            raise ValueError("reference.reuse `sampler` needs generate.sampler_logps: true; else there is nothing to take over")
+        mode, quantization = (self.generate.engine_args.get(name) for name in ("logprobs_mode", "quantization"))
+        if mode not in (None, "raw_logprobs"):
+            raise ValueError(
+                f"reference.reuse `sampler` needs log-probabilities before temperature and top-p, and "
+                f"generate.engine_args has logprobs_mode {mode!r}; take out either"
+            )
+        if quantization is not None:
+            raise ValueError(
+                f"reference.reuse `sampler` needs an engine with the reference's own weights, and generate.engine_args has "
+                f"quantization {quantization!r}; take out either"
+            )
+        return self
 
 
 class PreferenceRun(RunBlock):
@@ -109,6 +145,15 @@ class PreferenceRun(RunBlock):
                 "or `preferences`"
             )
         return tree
+
+    @model_validator(mode="after")
+    def no_engine_sampled_the_pairs(self) -> PreferenceRun:
+        if self.reference.reuse != "none":
+            raise ValueError(
+                f"reference.reuse {self.reference.reuse!r} needs pairs that the reference sampled, and nobody sampled existing "
+                "preferences; take it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def people_give_no_scores(self) -> PreferenceRun:
