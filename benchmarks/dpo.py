@@ -4,10 +4,13 @@
     python benchmarks/dpo.py --device cuda          # one GPU: a 1B-class model in bf16, padded / packed / shared / TRL
 
 Prints a table with the ratios, their bars and the parity of the losses. Every run is a process of its own, its threads
-pinned; arms take turns, forwards and backwards, over the same pairs in the same order from the same weights. Arms without
-a bar run once: naive, trl-bf16 (on a CPU) and trl-default, TRL as shipped; `trl` is TRL tuned as `dpo_trl.py` says. The
-first float32 runs go on to `--parity-steps`. HH-RLHF is found by $DPO_RAY_TEST_DATA, else lengths are drawn. The command
-refuses to start on a busy machine, where ratios mean little.
+pinned; arms take turns, forwards and backwards, over the same pairs in the same order from the same weights. HH-RLHF is
+found by $DPO_RAY_TEST_DATA, else lengths are drawn. The command refuses to start on a busy machine, where ratios mean
+little.
+
+To take 25 minutes on a CPU, the reference pass is measured on the first profile alone, and in its smallest vocabulary
+alone the losses are compared over `--parity-steps` (elsewhere over the steps that are timed) and the arms without a bar
+are run, once: naive, TRL in bf16, and TRL as shipped. `trl` is TRL tuned as `dpo_trl.py` says.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ ONCE = {"naive", "trl-bf16", "trl-default"}
 EXACT_ARMS = ["ours", "hand", "trl", "naive"]
 """In float32: their losses are compared."""
 EXACT_PAIRS = 64
+"""Of a reference pass: so many are compared with float64."""
 
 
 def in_process(job: Any) -> dict[str, Any]:
@@ -89,7 +93,8 @@ def prepared(options: argparse.Namespace, profile: str, vocabulary: int) -> tupl
     """Return the model's directory and the pairs, of which all that are trained on have float64 reference values."""
     root = options.directory
     model = dpo_work.model_directory(root, options.shape, vocabulary)
-    count = max(max(options.steps, options.parity_steps) * options.batch_pairs, EXACT_PAIRS)
+    trained = max(options.steps, options.parity_steps) * options.batch_pairs
+    count = max(trained, min(options.reference_pairs, EXACT_PAIRS))
     bare = dpo_work.pairs_file(root, profile, vocabulary, max(count, options.reference_pairs))
     file = root / f"{bare.stem}-{options.shape}-{count}-exact.json"
     if not file.exists():
@@ -102,24 +107,23 @@ def prepared(options: argparse.Namespace, profile: str, vocabulary: int) -> tupl
     return str(model), pairs
 
 
-def step(
-    options: argparse.Namespace, profile: str, vocabulary: int, rates: dict[str, float], parity: bool
-) -> list[dpo_table.Row]:
+def step(options: argparse.Namespace, profile: str, vocabulary: int, rates: dict[str, float]) -> list[dpo_table.Row]:
     model, pairs = prepared(options, profile, vocabulary)
+    main = (profile, vocabulary) == (options.profiles[0], min(options.vocabularies))
     jobs = {}
     for arm in arms_of(options, "step"):
-        steps = max(options.steps, options.parity_steps if parity and arm in EXACT_ARMS else 0)
-        timed, used = (options.warm, options.steps), pairs[: steps * options.batch_pairs]
-        jobs[arm] = job_of(options, "step", arm, model=model, pairs=used, timed=timed)
+        if main or options.gpu_arms or arm not in ONCE:
+            steps = max(options.steps, options.parity_steps if main and arm in EXACT_ARMS else 0)
+            timed, used = (options.warm, options.steps), pairs[: steps * options.batch_pairs]
+            jobs[arm] = job_of(options, "step", arm, model=model, pairs=used, timed=timed)
     runs = in_turn("step", options.runs, set() if options.gpu_arms else ONCE, jobs)
-    print(f"DPO step, {profile}, vocabulary {vocabulary}, seconds a step:")
-    print("\n".join(dpo_table.detail(arm, results) for arm, results in runs.items()), flush=True)
-    title = f"DPO step, {profile}, vocabulary {vocabulary}"
+    where = f"{profile}, vocabulary {vocabulary}"
+    show(f"DPO step, {where}, seconds a step", runs)
     bars = dpo_table.step_bars(profile, vocabulary, options.gpu_arms)
-    rows = [dpo_table.step_row(title, runs, bars, rates, options.gpu_arms)]
+    rows = [dpo_table.step_row(f"DPO step, {where}", runs, bars, rates, options.gpu_arms)]
     exact = [arm for arm in EXACT_ARMS if arm in runs and options.device == "cpu"]
     if len(exact) > 1:
-        rows.append(dpo_table.parity_row(f"difference of its losses, {profile}, vocabulary {vocabulary}", runs, exact))
+        rows.append(dpo_table.parity_row(f"difference of its losses, {where}", runs, exact))
     return rows
 
 
@@ -128,15 +132,18 @@ def reference(options: argparse.Namespace, profile: str, vocabulary: int) -> lis
     used = pairs[: options.reference_pairs]
     jobs = {arm: job_of(options, "reference", arm, model=model, pairs=used) for arm in arms_of(options, "reference")}
     runs = in_turn("reference", options.runs, set() if options.gpu_arms else ONCE, jobs)
-    print(f"Reference pass, {profile}, vocabulary {vocabulary}, {len(used)} pairs, seconds a pair:")
-    print("\n".join(dpo_table.detail(arm, results) for arm, results in runs.items()), flush=True)
     exact = [[pair.ref_chosen, pair.ref_rejected] for pair in used[:EXACT_PAIRS]]
     where = f"{profile}, vocabulary {vocabulary}"
+    show(f"Reference pass, {where}, {len(used)} pairs, seconds a pair", runs)
     bars = dpo_table.reference_bars(options.gpu_arms)
     return [
         dpo_table.reference_row(f"reference pass of a pair, {where}", runs, bars),
         dpo_table.error_row(f"largest error of a log-probability, {where}", runs, exact, options.gpu_arms),
     ]
+
+
+def show(title: str, runs: dict[str, list[Any]]) -> None:
+    print("\n".join([f"{title}:", *(dpo_table.detail(arm, results) for arm, results in runs.items())]), flush=True)
 
 
 def memory(options: argparse.Namespace) -> list[dpo_table.Row]:
@@ -175,11 +182,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabularies", nargs="+", type=int, help="default 8192 32000; 151936 on a GPU")
     parser.add_argument("--arms", nargs="+", default=every, choices=every)
     parser.add_argument("--runs", type=int, default=5, help="runs of each arm")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warm", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--parity-steps", type=int, default=20, help="steps over which losses are compared")
     parser.add_argument("--batch-pairs", type=int, help="pairs of a step; default 8, 64 on a GPU")
-    parser.add_argument("--reference-pairs", type=int, help="default 48, 512 on a GPU")
+    parser.add_argument("--reference-pairs", type=int, help="default 24, 512 on a GPU")
     parser.add_argument("--memory-vocabulary", type=int, default=131072)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -192,7 +199,7 @@ def arguments() -> argparse.Namespace:
     options.gpu_arms |= gpu
     options.vocabularies = options.vocabularies or ([151936] if gpu else [8192, 32000])
     options.batch_pairs = options.batch_pairs or (64 if gpu else 8)
-    options.reference_pairs = options.reference_pairs or (512 if gpu else 48)
+    options.reference_pairs = options.reference_pairs or (512 if gpu else 24)
     options.shape = options.shape or ("1b" if gpu else "tiny")
     options.arms_of = GPU_ARMS if options.gpu_arms else ARMS
     options.parity_steps = 0 if options.gpu_arms else options.parity_steps  # bf16 has no parity to show
@@ -215,15 +222,20 @@ def main() -> None:
     rates = in_process(job_of(options, "matmul"))
     measured = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in rates.items())
     print(f"matmul, GFLOP/s: {measured}", flush=True)
-    rows = []
+    rows: list[dpo_table.Row] = []
+
+    def add(more: list[dpo_table.Row]) -> None:
+        rows.extend(more)
+        print("\n".join(f"  {row.what}: {verdict}" for row in more for verdict in row.verdicts), flush=True)
+
     for profile in options.profiles:
         for vocabulary in options.vocabularies:
             if "step" in options.what:
-                rows += step(options, profile, vocabulary, rates, parity=vocabulary == min(options.vocabularies))
-            if "reference" in options.what:
-                rows += reference(options, profile, vocabulary)
+                add(step(options, profile, vocabulary, rates))
+            if "reference" in options.what and profile == options.profiles[0]:
+                add(reference(options, profile, vocabulary))
     if "memory" in options.what:
-        rows += memory(options)
+        add(memory(options))
     minutes = (time.monotonic() - started) / 60
     print(f"\n{dpo_table.markdown(rows)}\n\n{conditions(options)}; load average {load:.2f} at the start, ", end="")
     print(f"{os.getloadavg()[0]:.2f} at the end, {minutes:.0f} minutes. Matrix products, GFLOP/s: {measured}; the percentages")
