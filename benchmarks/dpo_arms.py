@@ -208,7 +208,7 @@ def reference_ours(job: Job, dtype: torch.dtype) -> Score:
     model: Any = policy.load_policy(job.model, dtype=dtype)
     model.to(job.device)
     groups_of = lambda pairs: [layout.Group(p.prompt, [p.chosen, p.rejected]) for p in pairs]
-    longest = max(groups_of(job.pairs), key=lambda group: batched.group_tokens(group, share_prompt=True))
+    longest = max(groups_of(job.pairs), key=probe.sequence_tokens)
     path = probe.choose_path(model, longest, pad_token_id=PAD, share_prompt="always")
 
     def score(pairs: Sequence[Pair]) -> Logps:
