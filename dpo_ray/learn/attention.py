@@ -149,7 +149,7 @@ def _bias(
         starts = sizes.cumsum(0) - sizes
         position = index - starts[branch] + (branch > 0) * prompt
         seen &= position[:, None] - position < window
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")).to(device)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")).to(device, non_blocking=True)
 
 
 _small_bias = functools.lru_cache(maxsize=64)(_bias)  # every layer asks for the same ones
