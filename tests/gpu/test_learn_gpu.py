@@ -135,8 +135,8 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: P
         device="cuda",
     )
     history, marks = [], [time.perf_counter()]
-    for metrics in steps:
-        history.append(metrics)
+    for read in steps:
+        history += read
         marks.append(time.perf_counter())
     warm = sum(m["num_tokens"] for m in history[2:]) / (marks[-1] - marks[2])
     print(
