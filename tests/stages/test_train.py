@@ -174,9 +174,12 @@ def test_train_first_step_starts_at_ln_2(fit):
 def test_train_one_and_two_workers_and_a_plain_loop_take_the_same_steps(fit, policy):
     one, two, plain = log(fit[1][0]), log(fit[2][0]), alone(policy)[0]
     assert len(one) == len(two) == len(plain) == 6
-    for metric in ("loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen", "kl_ref_to_policy"):
+    for metric in ("loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen"):
         values = np.array([[m[metric] for m in metrics] for metrics in (one, two, plain)])
         np.testing.assert_allclose(values[1:], np.broadcast_to(values[0], values[1:].shape), rtol=1e-5)
+    kl = [[m["kl_ref_to_policy"] for m in metrics] for metrics in (one, two, plain)]
+    assert kl[0][-1] > 0.01
+    np.testing.assert_allclose(kl[1:], [kl[0]] * 2, atol=1e-5)  # a difference near 0 of log-probabilities near -30
 
 
 def test_train_logs_progress_tokens_and_speed_of_every_step(fit):
@@ -216,7 +219,8 @@ def test_train_learns_the_pairs(fit):
 def test_train_again_goes_on_from_its_own_checkpoint_and_from_no_other(fit, tmp_path, policy, fingerprint, resumes):
     """Two workers wrote the checkpoint of step 4, one goes on; a mark in the log shows which steps were taken again.
 
-    Rewards are differences of log-probabilities near -30: their rounding is absolute. Largest measured: 2.4e-8.
+    Rewards are differences of log-probabilities near -30: their rounding is absolute. Largest measured: 2.4e-8. The KL is
+    such a difference without beta = 0.1.
     """
     shutil.copytree(fit[2][0], tmp_path / "killed")
     steps = log(tmp_path / "killed")
@@ -228,6 +232,7 @@ def test_train_again_goes_on_from_its_own_checkpoint_and_from_no_other(fit, tmp_
     assert [step.pop("mark", None) for step in again] == ([1.0] * 4 if resumes else [None] * 4) + [None] * 2
     for got, want in zip(again, steps, strict=True):
         assert got.keys() == want.keys()
+        assert got.pop("kl_ref_to_policy") == pytest.approx(want.pop("kl_ref_to_policy"), rel=1e-5, abs=1e-5)
         assert without_speed(got) == pytest.approx(without_speed(want), rel=1e-5, abs=1e-6)
     assert output.metrics["identity"] == policy_identity(tmp_path / "killed/policy")
 
