@@ -29,6 +29,7 @@ def model(policies):
 
 
 PAIRS = tiny.build_pairs(13)
+SIDES = ("chosen", "rejected")
 
 
 def test_dpo_steps_start_at_ln_2_and_zero_margin_where_policy_is_reference(model):
@@ -181,6 +182,30 @@ def test_host_reads_are_seen_by_this_count(operation):
     with HostReads() as host:
         operation(torch.tensor(1.0) + 1)
     assert host.count >= 1
+
+
+class Counter(torch.optim.Optimizer):
+    """An optimizer that counts its steps."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {"lr": 0.0, "fused": True})
+        self.steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_dpo_steps_need_no_number_of_the_device_before_the_read(policies, ld_alpha):
+    """On `meta` there are none: whatever asks for one raises, in transformers' forward and in torch's kernels too."""
+    meta = training.build(policies["qwen2"], None).to("meta")
+    plan, optimizer = training.plan(PAIRS, 1, 40, batch_size=2), Counter(meta)
+    tokens = {f"ref_{side}_token_logps": [[-5.0] * len(ids) for ids in getattr(PAIRS, f"{side}_token_ids")] for side in SIDES}
+    pairs = PAIRS._replace(**tokens)
+    objective = training.OBJECTIVE._replace(ld_alpha=ld_alpha)
+    with pytest.raises(NotImplementedError, match="meta"):
+        training.train(meta, optimizer, pairs, plan, read_after=lambda steps: False, objective=objective, device="meta")
+    assert optimizer.steps == len(plan) == 7
 
 
 def state_of(model, optimizer):
