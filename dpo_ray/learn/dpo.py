@@ -87,6 +87,7 @@ def dpo_steps(
         lengths: (pairs, 3) tokens of prompt, chosen and rejected of every row.
         learning_rate_for: step -> learning rate.
         read_after: steps taken in all -> whether to read then, which waits for the device; the last step is always read.
+            A model without a tiled head (`Path.tiled_head`) waits once a micro-batch more.
 
     Raises:
         ConfigError: a loss that sorts the whole batch, and a plan that cuts it; an optimizer that is not fused.
