@@ -23,7 +23,7 @@ from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.intake import split_group
 from dpo_ray.schemas import PREFERENCES
 
-VERSION = 1
+VERSION = 2
 SIDES = ("chosen", "rejected")
 MEASURES = ("logps", "ref_logps", "kl", "tokens")
 COMPARED = pa.schema(
