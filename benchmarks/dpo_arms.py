@@ -87,7 +87,7 @@ def ours(job: Job, tick: Tick, dtype: torch.dtype) -> None:
         pad_token_id=PAD,
         device=job.device,
     )
-    for metrics in steps:
+    for (metrics,) in steps:
         tick(metrics["loss"])
     dist.destroy_process_group()
 

@@ -5,13 +5,14 @@ Batches are planned from an index of row lengths, the same on every rank, so no 
 
 from __future__ import annotations
 
-import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo_ray import train_log
 from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import PolicyRef, local_path
 from dpo_ray.flow import storage
@@ -24,7 +25,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import checkpoint, dpo, losses, matmul, objective, optim
+    from dpo_ray.learn import checkpoint, dpo, losses, matmul, objective, optim, speed
 
     config: Run = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
@@ -45,7 +46,11 @@ def run_worker(arguments: dict[str, Any]) -> None:
     if latest := ray.train.get_checkpoint():
         with latest.as_directory() as saved:
             done = checkpoint.load_checkpoint(saved, model, optimizer)
-    log = read_log(directory, done)
+    log = train_log.open_log(directory, config, arguments["round"], done) if rank == 0 else train_log.SILENT
+    peak = world_size * speed.matmul_peak(device, getattr(torch, block.dtype))
+    flops, board = speed.token_flops(model), arguments["board"]
+    if rank == 0:
+        board.put.remote(plan.pairs_before(done), len(table) * block.epochs, {})
     steps = dpo.dpo_steps(
         model,
         optimizer,
@@ -55,28 +60,40 @@ def run_worker(arguments: dict[str, Any]) -> None:
         objective.Objective([losses.Term(*term) for term in block.terms()], block.beta, block.wpo, block.ld_alpha),
         table.lengths,
         learning_rate_for=lambda step: optim.learning_rate_at(
-            step, len(plan), peak=block.learning_rate, warmup_ratio=block.warmup_ratio, schedule=block.schedule
+            step,
+            len(plan),
+            peak=block.learning_rate,
+            warmup_steps=block.num_warmup_steps(len(plan)),
+            schedule=block.schedule,
         ),
         max_grad_norm=block.max_grad_norm,
         pad_token_id=pad_token_id,
         device=device,
         start_step=done,
+        read_after=lambda steps: steps % block.logging_steps == 0 or steps % block.checkpoint_steps == 0,
     )
+    started = time.perf_counter()
     for metrics in steps:
-        done += 1
-        log.append(metrics)
+        seconds, taken = time.perf_counter() - started, plan[done : done + len(metrics)]
+        timed = speed.interval_metrics(taken, table.lengths, seconds, flops, peak, share_prompt=path.share_prompt)
+        memory = speed.peak_memory_gib(device)
+        lines = [
+            {"step": i, "epoch": i * block.epochs / len(plan), **of_step, **of_interval, "peak_memory_gib": memory}
+            for i, (of_step, of_interval) in enumerate(zip(metrics, timed, strict=True), done + 1)
+        ]
+        done += len(metrics)
+        log.write(lines)
         if rank == 0:
-            shown = {k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies")}
-            arguments["board"].put.remote(plan.pairs_before(done), len(table) * block.epochs, shown)
+            shown = {k: lines[-1][k] for k in ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")}
+            board.put.remote(plan.pairs_before(done), len(table) * block.epochs, shown)
         if done % block.checkpoint_steps == 0 and done < len(plan):
-            if rank == 0:
-                write_log(directory, log)
+            log.publish()
             with tempfile.TemporaryDirectory() as shard:
                 checkpoint.save_checkpoint(shard, model, optimizer, done)
                 ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(shard))
+        started = time.perf_counter()
     _export(model, start, directory, block, rank)
-    if rank == 0:
-        write_log(directory, log)
+    log.close()
     dist.barrier()
 
 
@@ -130,16 +147,3 @@ def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int,
         seed=seed,
         share_prompt=share_prompt,
     )
-
-
-def read_log(directory: str, done: int) -> list[dict[str, float]]:
-    """Metrics of the steps before a resume; [] at the start."""
-    if done == 0:
-        return []
-    lines = storage.read_bytes(f"{directory}/metrics.jsonl").splitlines()
-    return [json.loads(line) for line in lines[:done]]
-
-
-def write_log(directory: str, log: list[dict[str, float]]) -> None:
-    """All metrics up to now, one JSON object a step."""
-    storage.write_bytes(f"{directory}/metrics.jsonl", "".join(json.dumps(m) + "\n" for m in log).encode())

@@ -111,6 +111,10 @@ def test_config_unknown_key_is_refused_with_its_place(path):
         ("train.learning_rate", float("nan")),
         ("train.learning_rate", 0),
         ("train.warmup_ratio", 1.0),
+        ("train.warmup_steps", -1),
+        ("train.logging_steps", 0),
+        ("train.report_to", "tensorboardx"),
+        ("train.optimizer", "sgd"),
         ("train.loss", "hnge"),
         ("train.loss", []),
         ("train.ld_alpha", 1.0),
@@ -218,6 +222,40 @@ def test_config_missing_field_is_not_filled_from_the_environment(path, monkeypat
         monkeypatch.setenv(name, "0.7")
     with pytest.raises(ValidationError):
         RunConfig.model_validate(without(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_steps", "warmup"),
+    [
+        ({}, 25, 3),
+        ({"warmup_ratio": 0.5}, 7, 4),
+        ({"warmup_ratio": 0.0}, 7, 0),
+        ({"warmup_steps": 5}, 7, 5),
+        ({"warmup_steps": 0}, 7, 0),
+    ],
+)
+def test_train_warmup_is_a_share_rounded_up_or_a_number_of_steps(fields, num_steps, warmup):
+    tree = minimal()
+    train = RunConfig.model_validate(tree | {"train": tree["train"] | fields}).train
+    assert train.num_warmup_steps(num_steps) == warmup
+
+
+def test_train_warmup_given_twice_is_refused():
+    tree = minimal()
+    tree["train"] |= {"warmup_ratio": 0.1, "warmup_steps": 5}
+    with pytest.raises(ValidationError, match=r"warmup_ratio=0.1 and warmup_steps=5 both say"):
+        RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_bnb_8bit"])
+def test_train_8bit_optimizer_is_refused_with_the_reason(optimizer):
+    with pytest.raises(ValidationError, match="has not been shown to step on them; use adamw"):
+        RunConfig.model_validate(changed("train.optimizer", optimizer))
+
+
+@pytest.mark.parametrize(("given", "kept"), [("wandb", ("wandb",)), (["mlflow", "wandb"], ("mlflow", "wandb")), ([], ())])
+def test_train_report_to_is_a_name_or_a_list(given, kept):
+    assert RunConfig.model_validate(changed("train.report_to", given)).train.report_to == kept
 
 
 def test_config_is_frozen():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -198,8 +199,12 @@ class Train(Block):
     """Compute a prompt once for all its completions, in every stage that needs log-probabilities. `auto` does it where a
     probe on a real row shows that the model gives the same values."""
     epochs: int = Field(default=1, ge=1)
-    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from 0."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Fused, with float32 state, sharded as the weights are."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0; 0.1 unless warmup_steps is given."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same as a number of steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls to 0 after the warmup, or stays."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -211,12 +216,40 @@ class Train(Block):
     activation_checkpointing: bool = False
     checkpoint_steps: int = Field(default=100, ge=1)
     """Steps between two checkpoints for resume."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Steps between two readings of the metrics, which are kept for every step: a GPU's host waits for it then alone."""
+    report_to: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl and tensorboard/; each needs the extra of its name."""
     resources: TrainResources = TrainResources()
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def optimizer_steps_on_shards(cls, value: Any) -> Any:
+        if "8bit" in str(value):
+            raise ValueError(
+                "8-bit AdamW keeps its state in blocks that cross the shards of FSDP2's tensors, and has not been shown to "
+                "step on them; use adamw"
+            )
+        return value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def one_report_is_short_for_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("loss", mode="before")
     @classmethod
     def one_loss_is_short_for_a_sum(cls, value: Any) -> Any:
         return loss_list(value)
+
+    @model_validator(mode="after")
+    def warmup_is_given_once(self) -> Train:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio:g} and warmup_steps={self.warmup_steps} both say how long the warmup is; "
+                "take out one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def some_loss_uses_beta(self) -> Train:
@@ -262,6 +295,12 @@ class Train(Block):
     def needs_scores(self) -> bool:
         """Whether pairs without scores cannot be trained on."""
         return any(loss.needs_scores for loss in self.loss)
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of the warmup in a training of `num_steps`; a share of them is rounded up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil((0.1 if self.warmup_ratio is None else self.warmup_ratio) * num_steps)
 
     def terms(self) -> tuple[tuple[str, float, dict[str, Any]], ...]:
         """(name, weight, options) of each loss, for `dpo_ray.learn.losses.Term`."""

@@ -39,7 +39,7 @@ class Progress:
         """Rows done of rows in all; the first call after a start is what an earlier attempt had already done."""
         now = time.monotonic()
         if self.first is None:
-            self.first = done
+            self.first, self.started = done, now
         interval = 0.2 if self.live else LOG_INTERVAL_S
         if now - self.last < interval:
             return
@@ -47,7 +47,10 @@ class Progress:
         seconds, fresh = max(now - self.started, 1e-9), done - self.first
         parts = [f"{self.label:<{WIDTH}} {done}/{total} rows"]
         if fresh:
-            parts.append(f"{fresh / seconds:.1f} rows/s")
+            if measured := counters.get("tokens_per_s"):
+                parts.append(f"{measured:,.0f} tokens/s")
+            else:
+                parts.append(f"{fresh / seconds:.1f} rows/s")
             if tokens := counters.get("tokens"):
                 parts.append(f"{tokens * fresh / done / seconds:,.0f} tokens/s")
             if done < total:

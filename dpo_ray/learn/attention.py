@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 
 from dpo_ray.learn import flex
+from dpo_ray.learn.layout import lines
 
 NAME = "dpo_ray_shared_prompt"
 MAX_DENSE = 512
@@ -107,19 +107,6 @@ def groups(attention: torch.Tensor) -> Iterator[SharedGroup]:
         yield SharedGroup(start, prompt, tuple(line[3] for line in completions))
 
 
-def lines(attention: torch.Tensor) -> flex.Lines:
-    """Return a batch's `attention` as numbers of the host.
-
-    The root of an FSDP model moves every tensor it is given to its device; reading it back waits for the device, so that is
-    done once a batch, not once a layer.
-    """
-    if attention.device.type == "cpu":
-        return tuple(map(tuple, attention[0, 0].tolist()))
-    if attention not in _lines_of:
-        _lines_of[attention] = tuple(map(tuple, attention[0, 0].tolist()))
-    return _lines_of[attention]
-
-
 def _dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_NN: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
@@ -168,10 +155,9 @@ def _bias(
         starts = sizes.cumsum(0) - sizes
         position = index - starts[branch] + (branch > 0) * prompt
         seen &= position[:, None] - position < window
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")).to(device)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")).to(device, non_blocking=True)
 
 
-_lines_of = WeakIdKeyDictionary()
 _small_bias = functools.lru_cache(maxsize=64)(_bias)  # every layer asks for the same ones
 
 

@@ -150,7 +150,7 @@ def spans(lines: Lines, num_tokens: int, window: int | None, device: torch.devic
         near[first] = np.maximum(at, index[first] - reach)
         end[first] = start + prompt
         far[first] = np.clip(end[first] + index[:length] - reach, start, start + prompt)
-    return Spans(*torch.from_numpy(np.stack([far, end, near])).to(device))
+    return Spans(*torch.from_numpy(np.stack([far, end, near])).to(device, non_blocking=True))
 
 
 def _ordered(blocks_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

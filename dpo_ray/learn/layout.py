@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -45,9 +46,24 @@ class Batch(NamedTuple):
     """(C,) int64, tokens of each completion; they sum to K."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Move every tensor but `attention`, whose numbers are read on the host."""
-        moved = {f: v.to(device, non_blocking=True) for f, v in self._asdict().items() if v is not None and f != "attention"}
+        """Move every tensor; the host keeps the numbers of `attention`, which `lines` gives without waiting for the device.
+
+        It moves too, since the root of an FSDP model would else move it, and hand on a tensor that `lines` does not know.
+        """
+        moved = {f: v.to(device, non_blocking=True) for f, v in self._asdict().items() if v is not None}
+        if self.attention is not None:
+            _lines_of[moved["attention"]] = lines(self.attention)
         return self._replace(**moved)
+
+
+_lines_of = WeakIdKeyDictionary()
+
+
+def lines(attention: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    """Return a batch's `attention` as numbers of the host; one that `Batch.to` has moved is not read back."""
+    if attention not in _lines_of:
+        _lines_of[attention] = tuple(map(tuple, attention[0, 0].tolist()))
+    return _lines_of[attention]
 
 
 def share(groups: Sequence[Group]) -> Batch:

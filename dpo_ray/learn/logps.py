@@ -48,7 +48,9 @@ def completion_logps(model: PreTrainedModel, batch: Batch, path: Path) -> torch.
 
 def completion_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Sum (K,) values over each completion: (C,), added up in float64 and returned in the dtype of `values`."""
-    completion = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths.to(values.device))
+    completion = torch.arange(len(lengths), device=values.device)
+    # The size is given: else a GPU's host waits to read it.
+    completion = completion.repeat_interleave(lengths.to(values.device), output_size=len(values))
     sums = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
     return sums.index_add(0, completion, values.double()).to(values.dtype)
 

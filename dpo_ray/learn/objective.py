@@ -103,7 +103,7 @@ def _pair_logps(
     """Return what the losses get: sums of policy and reference, desensitised with `ld_alpha`."""
 
     def numbers(values: Numbers) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values), dtype=plain.dtype, device=device)
+        return torch.as_tensor(np.asarray(values), dtype=plain.dtype).to(device, non_blocking=True)
 
     chosen, rejected = plain.unbind(1)
     ref_chosen = ref_rejected = gap = None
@@ -132,6 +132,10 @@ def _desensitised(values_K: torch.Tensor, lengths: torch.Tensor, ld_alpha: float
     """(B, 2) sums over the completions with what one has more than the other scaled."""
     shared = lengths.view(-1, 2).min(1).values.repeat_interleave(2)
     starts = lengths.cumsum(0) - lengths
-    position = torch.arange(len(values_K), device=values_K.device) - starts.repeat_interleave(lengths)
-    scaled = losses.desensitise(values_K, position, shared.repeat_interleave(lengths), ld_alpha=ld_alpha)
+
+    def each_token(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(lengths, output_size=len(values_K))
+
+    position = torch.arange(len(values_K), device=values_K.device) - each_token(starts)
+    scaled = losses.desensitise(values_K, position, each_token(shared), ld_alpha=ld_alpha)
     return completion_sums(scaled, lengths).view(-1, 2)

@@ -7,13 +7,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dpo_ray.errors import ConfigError
+
 
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Return fused AdamW over the trainable parameters; norms and biases (vectors) are not decayed.
 
-    Call it after `policy.shard`, so that the optimizer's state is sharded as well.
+    Call it after `policy.shard`, so that the optimizer's state is sharded as well. Fused, it can be told on the device
+    to skip a step, which `hold_back` does.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -28,17 +31,15 @@ def learning_rate_at(
     num_steps: int,
     *,
     peak: float,
-    warmup_ratio: float,
+    warmup_steps: int,
     schedule: Literal["cosine", "linear", "constant"],
 ) -> float:
     """Return the learning rate of a step, counted from 0.
 
-    It rises linearly over warmup_steps = ceil(warmup_ratio * num_steps) as peak * (step + 1) / warmup_steps, so that
-    step 0 already learns and the last warmup step has the peak. After it, with t = (step - warmup_steps) /
-    (num_steps - warmup_steps), it is peak times (1 + cos(pi t)) / 2, 1 - t, or 1: 0 would be reached one step after the
-    last.
+    It rises linearly over the warmup as peak * (step + 1) / warmup_steps, so that step 0 already learns and the last
+    warmup step has the peak. After it, with t = (step - warmup_steps) / (num_steps - warmup_steps), it is peak times
+    (1 + cos(pi t)) / 2, 1 - t, or 1: 0 would be reached one step after the last.
     """
-    warmup_steps = math.ceil(warmup_ratio * num_steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -46,8 +47,8 @@ def learning_rate_at(
     return peak * factors[schedule]
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before.
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale all gradients together so that their norm is at most `max_norm`; return the norm before, () on their device.
 
     The norm is over all shards: one rank or several give the same.
     """
@@ -56,4 +57,20 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # else it is the norm of this rank's shard only
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.item()
+    return norm
+
+
+def hold_back(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
+    """Make `optimizer.step()` change nothing, neither weights nor its own state, where `bad` is 1; the host is not asked.
+
+    This is what `torch.amp.GradScaler` tells a fused optimizer by the same attribute.
+
+    Args:
+        bad: () float32 on the parameters' device, 0 or 1, and the same on every rank.
+
+    Raises:
+        ConfigError: the optimizer is not fused, and would take the step all the same.
+    """
+    if not optimizer.defaults.get("fused"):
+        raise ConfigError(f"{type(optimizer).__name__} is not fused: it cannot skip a step on the device; use build_optimizer")
+    setattr(optimizer, "found_inf", bad)  # noqa: B010, an attribute that torch reads and does not declare

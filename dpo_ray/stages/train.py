@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from dpo_ray import train_log
 from dpo_ray.config import Run
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.errors import StageError
@@ -17,18 +18,21 @@ from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.train_worker import run_worker
 
 VERSION = 1
+CHANGES_NO_RESULT = ("checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt")
+"""But by rounding."""
 
 
 def stage(config: Run, round_: int, start: str) -> Stage:
     """Stage of round `round_`, starting from the policy that the stage `start` committed."""
     block = config.train
+    train_log.check_reports(block.report_to)
     return Stage(
         name="train",
         round=round_,
         version=VERSION,
         config={
             "seed": config.seed,
-            **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens", "share_prompt"}),
+            **block.model_dump(mode="json", exclude={"resources", *CHANGES_NO_RESULT}),
         },
         inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),

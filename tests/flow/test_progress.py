@@ -53,3 +53,17 @@ def test_progress_step_that_does_nothing_new_divides_by_nothing():
     for done in (100, 100):
         progress.last -= 10.0
         progress.update(done, 100, {"tokens": 5.0})
+
+
+def test_progress_of_training_shows_its_own_tokens_a_second_and_counts_time_left_from_its_first_step():
+    """The workers started 30 s ago, which no step took: 40 of 100 rows in 10 s leave 15 s."""
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.stage_started("round_00/train")
+    progress.started -= 30.0
+    progress.update(0, 100, {})
+    progress.started -= 10.0
+    progress.last -= 10.0
+    progress.update(40, 100, {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "tokens_per_s": 12345.6})
+    last = stream.getvalue().splitlines()[-1]
+    assert last.endswith("40/100 rows, 12,346 tokens/s, 15 s left, loss 0.5, rewards/margins 0.25, rewards/accuracies 0.75")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.requests import EngineSettings, Request
+from dpo_ray.errors import NonFiniteLossError
 from dpo_ray.learn import batches, dpo, optim
 from dpo_ray.learn.batched import score_groups
 from dpo_ray.learn.layout import Group
@@ -106,6 +107,49 @@ def test_reference_bf16_on_gpu_is_close_to_float32_on_gpu(policy: Path, rows: Pa
     assert worst < 0.01
 
 
+def train(model, optimizer, rows: PairRows, lengths: np.ndarray, plan: list, path, **how) -> Iterator[list[dict[str, float]]]:
+    def fetch(indices: list[int]) -> PairRows:
+        return PairRows(*(column and [column[i] for i in indices] for column in rows))
+
+    options = {"learning_rate_for": lambda step: 1e-5, "max_grad_norm": 1.0, "pad_token_id": 0, "device": "cuda"}
+    return dpo.dpo_steps(model, optimizer, fetch, plan, path, Objective([Term("sigmoid")], 0.1), lengths, **(options | how))
+
+
+def test_dpo_steps_on_gpu_wait_for_it_once_a_read(policy: Path, rows: PairRows, group: None) -> None:
+    """Under torch's check for waiting, from a first read that pays for set-up to the next; a bad step is held back there."""
+    model = load_policy(str(policy), dtype=torch.float32).to("cuda")
+    path = choose_path(model, longest(rows), pad_token_id=0)
+    model = shard(model, init_device_mesh("cuda", (1,)), compute_dtype=torch.bfloat16)
+    optimizer = optim.build_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
+    lengths = np.array([[len(g.prompt), *map(len, g.completions)] for g in groups_of(rows)])
+    how = {"global_batch_size": 32, "world_size": 1, "max_batch_tokens": 16384, "seed": 0, "share_prompt": path.share_prompt}
+    plan = batches.Plan(lengths, epochs=1, **how)  # 8 steps
+    bad = plan[6][0][0][0]
+    assert rows.ref_chosen_logps is not None
+    rows = rows._replace(ref_chosen_logps=[math.nan if i == bad else v for i, v in enumerate(rows.ref_chosen_logps)])
+
+    def read_after(steps: int) -> bool:
+        if steps in (2, 5, 8):
+            torch.cuda.set_sync_debug_mode("default")
+        return steps in (2, 5, 8)
+
+    reads = train(model, optimizer, rows, lengths, plan, path, read_after=read_after)
+    try:
+        assert len(next(reads)) == 2
+        torch.cuda.set_sync_debug_mode("error")
+        assert len(next(reads)) == 3
+        before = [p.to_local().clone() for p in model.parameters()]
+        torch.cuda.set_sync_debug_mode("error")
+        (sixth,) = next(reads)
+        with pytest.raises(NonFiniteLossError, match=rf"step 6: loss nan.*pair-{bad}\b"):
+            next(reads)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(sixth["loss"])
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any(not torch.equal(mine, p.to_local()) for mine, p in zip(before, model.parameters(), strict=True))
+
+
 def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: PairRows, group: None, tmp_path: Path) -> None:
     started = time.perf_counter()
     chosen, rejected = reference(policy, rows, torch.bfloat16)
@@ -121,22 +165,9 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: P
     lengths = np.array([[len(g.prompt), *map(len, g.completions)] for g in groups_of(rows)])
     how = {"global_batch_size": 64, "world_size": 1, "max_batch_tokens": 16384, "seed": 0, "share_prompt": path.share_prompt}
     plan = batches.Plan(lengths, epochs=3, **how)
-    steps = dpo.dpo_steps(
-        model,
-        optimizer,
-        lambda indices: PairRows(*(column and [column[i] for i in indices] for column in rows)),
-        plan,
-        path,
-        Objective([Term("sigmoid")], 0.1),
-        lengths,
-        learning_rate_for=lambda step: 1e-5,
-        max_grad_norm=1.0,
-        pad_token_id=0,
-        device="cuda",
-    )
     history, marks = [], [time.perf_counter()]
-    for metrics in steps:
-        history.append(metrics)
+    for read in train(model, optimizer, rows, lengths, plan, path):
+        history += read
         marks.append(time.perf_counter())
     warm = sum(m["num_tokens"] for m in history[2:]) / (marks[-1] - marks[2])
     print(

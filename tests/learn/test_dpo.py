@@ -3,11 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from dpo_ray.errors import NonFiniteLossError
+from dpo_ray.errors import ConfigError, NonFiniteLossError
+from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
-from dpo_ray.learn.objective import PairRows
+from dpo_ray.learn.losses import Term
+from dpo_ray.learn.objective import Objective, PairRows
 
 from . import tiny, training
 
@@ -26,6 +29,7 @@ def model(policies):
 
 
 PAIRS = tiny.build_pairs(13)
+SIDES = ("chosen", "rejected")
 
 
 def test_dpo_steps_start_at_ln_2_and_zero_margin_where_policy_is_reference(model):
@@ -76,6 +80,7 @@ def test_dpo_steps_metrics_are_means_over_the_global_batch(model):
         "rewards/accuracies": (margins > 0).mean(),
         "logps/chosen": chosen.mean(),
         "logps/rejected": rejected.mean(),
+        "kl_ref_to_policy": (np.array([*pairs.ref_chosen_logps, *pairs.ref_rejected_logps]) - [*chosen, *rejected]).mean(),
         "num_tokens": (tiny.pair_lengths(pairs) * [2, 1, 1]).sum(),  # prompt + chosen, and prompt + rejected
         "learning_rate": 1e-3,
     }
@@ -115,6 +120,126 @@ def test_dpo_steps_apply_the_learning_rate_of_each_step_from_start_step_on(model
     plan = training.plan(PAIRS, 1, training.ONE_MICRO_BATCH, batch_size=5)
     metrics = training.train(model, training.build_adamw(model), PAIRS, plan, start_step=1)
     assert [m["learning_rate"] for m in metrics] == [2e-3, 3e-3]
+
+
+def test_dpo_steps_without_a_reference_have_no_kl_to_it(model):
+    pairs = tiny.take(PAIRS, [0, 1])._replace(ref_chosen_logps=None, ref_rejected_logps=None)
+    (metrics,) = training.train(
+        model, training.build_adamw(model), pairs, [[[[0, 1]]]], objective=Objective([Term("simpo")], 2.0)
+    )
+    assert "kl_ref_to_policy" not in metrics
+    assert math.isfinite(metrics["loss"])
+
+
+def reads(model, optimizer, pairs, plan, read_after):
+    """Yield what `dpo_steps` yields."""
+    fetch, options = lambda rows: tiny.take(pairs, rows), {"max_grad_norm": 1.0, "pad_token_id": tiny.PAD, "device": "cpu"}
+    return dpo_steps(
+        *(model, optimizer, fetch, plan, training.PATH, training.OBJECTIVE, tiny.pair_lengths(pairs)),
+        **{"learning_rate_for": lambda step: 1e-3, "read_after": read_after, **options},
+    )
+
+
+def test_dpo_steps_are_the_same_whenever_their_metrics_are_read(policies):
+    plan = training.plan(PAIRS, 1, 40, batch_size=2)  # 7 steps
+    every, some = (training.build(policies["qwen2"], None) for _ in range(2))
+    want = list(reads(every, training.build_adamw(every), PAIRS, plan, lambda steps: True))
+    got = list(reads(some, training.build_adamw(some), PAIRS, plan, lambda steps: steps in (2, 5)))
+    assert [len(read) for read in got] == [2, 3, 2]
+    assert [m for read in got for m in read] == [m for read in want for m in read]
+    assert torch.equal(some.lm_head.weight, every.lm_head.weight)
+
+
+HOST_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"}
+
+
+class HostReads(TorchFunctionMode):
+    """Counts where Python asks for a number that was computed: on a GPU the host waits there.
+
+    Integers are not counted: `Batch.attention` holds lengths, and lies on the host whatever the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        computed = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype != torch.int64
+        self.count += computed and getattr(func, "__name__", "") in HOST_READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("read_after", "times"), [(lambda steps: True, 7), (lambda steps: steps % 3 == 0, 3)])
+def test_dpo_steps_wait_for_the_device_once_a_read(model, read_after, times):
+    plan, optimizer = training.plan(PAIRS, 1, 40, batch_size=2), training.build_adamw(model)
+    with HostReads() as host:
+        taken = list(reads(model, optimizer, PAIRS, plan, read_after))
+    assert len(taken) == host.count == times
+
+
+@pytest.mark.parametrize("operation", [lambda t: t.item(), lambda t: t.tolist(), float, bool, lambda t: t.cpu()])
+def test_host_reads_are_seen_by_this_count(operation):
+    with HostReads() as host:
+        operation(torch.tensor(1.0) + 1)
+    assert host.count >= 1
+
+
+class Counter(torch.optim.Optimizer):
+    """An optimizer that counts its steps."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {"lr": 0.0, "fused": True})
+        self.steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_dpo_steps_need_no_number_of_the_device_before_the_read(policies, ld_alpha):
+    """On `meta` there are none: whatever asks for one raises, in transformers' forward and in torch's kernels too."""
+    meta = training.build(policies["qwen2"], None).to("meta")
+    plan, optimizer = training.plan(PAIRS, 1, 40, batch_size=2), Counter(meta)
+    tokens = {f"ref_{side}_token_logps": [[-5.0] * len(ids) for ids in getattr(PAIRS, f"{side}_token_ids")] for side in SIDES}
+    pairs = PAIRS._replace(**tokens)
+    objective = training.OBJECTIVE._replace(ld_alpha=ld_alpha)
+    with pytest.raises(NotImplementedError, match="meta"):
+        training.train(meta, optimizer, pairs, plan, read_after=lambda steps: False, objective=objective, device="meta")
+    assert optimizer.steps == len(plan) == 7
+
+
+def state_of(model, optimizer):
+    named = [value for p in model.parameters() for _, value in sorted(optimizer.state[p].items())]
+    return [t.detach().clone() for t in (*model.parameters(), *named)]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_dpo_steps_hold_back_a_step_that_is_not_finite_and_all_after_it_until_the_read(policies, what):
+    """The third of seven steps is bad, and the only read is after the last: what is left is what two steps made."""
+    plan = training.plan(PAIRS, 1, 40, batch_size=2)
+    (bad,) = plan[2][0]
+    want, got = (training.build(policies["qwen2"], None) for _ in range(2))
+    optimizer, other = training.build_adamw(want), training.build_adamw(got)
+    first_two = list(reads(want, optimizer, PAIRS, plan[:2], lambda steps: False))
+    pairs = PAIRS
+    if what == "loss":
+        pairs = PAIRS._replace(ref_chosen_logps=[math.inf if i in bad else v for i, v in enumerate(PAIRS.ref_chosen_logps)])
+        message = rf"step 2: loss (nan|inf).*for pairs {', '.join(f'pair-{i}' for i in bad)}:"
+    else:
+        backwards = iter(range(10))
+        got.lm_head.weight.register_hook(lambda grad: grad * float("nan") if next(backwards) == 2 else grad)
+        message = rf"step 2: loss \d.*gradient norm nan; first pairs of this rank: {', '.join(f'pair-{i}' for i in bad)};"
+    taken = reads(got, other, pairs, plan, lambda steps: False)
+    assert next(taken) == first_two[0]
+    with pytest.raises(NonFiniteLossError, match=message):
+        next(taken)
+    for mine, theirs in zip(state_of(got, other), state_of(want, optimizer), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_dpo_steps_refuse_an_optimizer_that_cannot_hold_a_step_back(model):
+    with pytest.raises(ConfigError, match="AdamW is not fused"):
+        training.train(model, torch.optim.AdamW(model.parameters()), PAIRS, [[[[0]]]])
 
 
 def test_dpo_steps_stop_at_a_loss_that_is_not_finite(model):

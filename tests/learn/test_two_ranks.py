@@ -94,6 +94,19 @@ def non_finite_message(policies, mesh) -> str:
     return str(error.value)
 
 
+def held_back(policies, mesh):
+    """The second of four steps is bad and read after the last: the message, and the weights beside those of one step."""
+    plan = plan_of(2)
+    bad = plan[1][0][0][0]
+    pairs = PAIRS._replace(ref_chosen_logps=[float("nan") if i == bad else v for i, v in enumerate(PAIRS.ref_chosen_logps)])
+    (got, optimizer), (want, other) = fresh(policies, mesh), fresh(policies, mesh)
+    training.train(want, other, PAIRS, plan[:1])
+    with pytest.raises(NonFiniteLossError) as error:
+        training.train(got, optimizer, pairs, plan, read_after=lambda steps: False)
+    weights = [[p.full_tensor() for p in model.parameters()] for model in (got, want)]
+    return str(error.value), weights
+
+
 def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(root / "store"), 2)
@@ -108,6 +121,7 @@ def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
         "resumed": resumed(policies, mesh, root),
         "bfloat16": bfloat16_logps(policies["qwen2"], mesh),
         "non_finite": non_finite_message(policies, mesh),
+        "held_back": held_back(policies, mesh),
     }
     torch.save(results, root / f"results-{rank}.pt")
     dist.barrier()
@@ -226,3 +240,10 @@ def test_two_ranks_both_stop_at_a_loss_that_is_not_finite(results):
     messages = [results[rank]["non_finite"] for rank in range(2)]
     assert all(message.startswith("step 0: loss nan") for message in messages)
     assert sum("for pairs pair-7:" in message for message in messages) == 1
+
+
+def test_two_ranks_hold_back_every_step_from_one_that_is_not_finite(results):
+    for rank in range(2):
+        message, (got, want) = results[rank]["held_back"]
+        assert message.startswith("step 1: loss nan")
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))

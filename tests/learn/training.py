@@ -47,18 +47,19 @@ def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size:
 
 
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
-    """Return the metrics of all steps from `start_step` on."""
+    """Return the metrics of all steps from `start_step` on, whenever they were read."""
     defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
     defaults |= {"objective": OBJECTIVE, "lengths": tiny.pair_lengths(pairs), "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
-    return list(dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options)))
+    reads = dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options))
+    return [metrics for read in reads for metrics in read]
 
 
 class GradientRecorder(torch.optim.Optimizer):
     """An optimizer that changes nothing and keeps every step's full gradients as one vector."""
 
     def __init__(self, model: PreTrainedModel):
-        super().__init__(model.parameters(), {"lr": 0.0})
+        super().__init__(model.parameters(), {"lr": 0.0, "fused": True})
         self.gradients: list[torch.Tensor] = []
 
     def step(self, closure=None):

@@ -134,6 +134,7 @@ TRAIN = {
     "epochs": 12,
     "global_batch_size": 4,
     "checkpoint_steps": 10,
+    "logging_steps": 3,
     "resources": {"workers": 2, "cpus": 0.5},
 }
 SMALL = {"rows_per_part": 8}
