@@ -5,6 +5,7 @@ In: a local directory in Hugging Face layout. Out: a ConfigError, or a hash.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_ray.errors import ConfigError
@@ -65,8 +66,18 @@ def policy_identity(directory: str | Path) -> str:
     directory = Path(directory)
     patterns = ("*.safetensors", WEIGHTS_INDEX, "config.json", *BESIDE_WEIGHTS)
     names = {p.relative_to(directory).as_posix() for pattern in patterns for p in directory.glob(pattern)}
-    identity = hashlib.sha256()
-    for name in sorted(names):
-        with open(directory / name, "rb") as file:
-            identity.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return identity.hexdigest()
+    return identity_of(file_hashes(directory, names))
+
+
+def file_hashes(directory: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of some files of a policy, by name."""
+    hashes = {}
+    for name in names:
+        with open(Path(directory) / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def identity_of(hashes: dict[str, str]) -> str:
+    """Return `policy_identity` of the policy whose files these are, whoever has hashed them."""
+    return hashlib.sha256("".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
