@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from dpo_ray.config import RunConfig, Train
-from dpo_ray.engines.policies import policy_ref
+from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
@@ -128,9 +128,9 @@ def fit(local_ray, tmp_path_factory, policy):
     return made
 
 
-def run(directory, policy, workers, fingerprint="f1"):
+def run(directory, policy, workers, fingerprint="f1", table=None):
     inputs = {
-        "pairs": commit_tables(directory / "pairs", [referenced(policy)]),
+        "pairs": commit_tables(directory / "pairs", [referenced(policy) if table is None else table]),
         "policy": commit_policy(directory / "start", policy.path, policy.identity),
     }
     config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}}})
@@ -230,3 +230,13 @@ def test_train_output_names_the_policy_by_its_contents_and_lists_its_files(fit):
     assert (ref.path, ref.identity) == (f"{directory}/policy", output.metrics["identity"])
     assert output.metrics["last_loss"] == log(directory)[-1]["loss"]
     assert output.metrics["tokens"] == sum(m["num_tokens"] for m in log(directory))
+
+
+def test_train_policy_that_cannot_be_sharded_is_refused_in_one_line_at_the_first_try(local_ray, tmp_path):
+    config = OpenAIGPTConfig(vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "gpt")
+    policy = PolicyRef(str(tmp_path / "gpt"), policy_identity(tmp_path / "gpt"))
+    with pytest.raises(StageError, match=r"^train: OpenAIGPTLMHeadModel has no list of decoder layers .*use a policy.*$"):
+        run(tmp_path, policy, 2, table=referenced())
+    assert not (tmp_path / "policy").exists()
