@@ -41,7 +41,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
 
     table = PairTable(arguments["tables"], columns_of(block))
     try:
-        model, optimizer, path, pad_token_id = _load(start, block, device, table.longest())
+        model, optimizer, path, pad_token_id = _load(
+            start, block, device, table.longest(), seed=config.seed + arguments["round"]
+        )
     except ConfigError as error:  # every rank has it, and would have it again
         ray.get(arguments["board"].refuse.remote(str(error)))
         return
@@ -87,22 +89,25 @@ def run_worker(arguments: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def _load(start: PolicyRef, block: Train, device: Any, longest: Any) -> tuple[Any, Any, Any, int]:
+def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: int) -> tuple[Any, Any, Any, int]:
     """The policy with float32 master weights, sharded over all workers, its optimizer, its path and the token that pads."""
     import ray.train
     import torch
 
-    from dpo_ray.learn import meshes, optim, probe, sharded_load, tokens
+    from dpo_ray.learn import adapters, meshes, optim, probe, sharded_load, tokens
 
     path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
     pad_token_id = tokens.pad_token_id(tokens.load_tokenizer(path, **where))
     dtype, node = getattr(torch, block.dtype), ray.train.get_context().get_node_rank()
+    lora = block.lora and adapters.Lora(block.lora.r, block.lora.alpha, block.lora.target_modules)
     model = sharded_load.load_sharded_policy(
         path,
         meshes.policy_mesh(device.type, node, copy_per_node=block.resources.shard == "node"),
         compute_dtype=dtype,
         activation_checkpointing=block.activation_checkpointing,
         cpu_offload=block.resources.cpu_offload,
+        lora=lora,
+        seed=seed,
         **where,
     )
     chosen = probe.choose_path(model, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt, compute_dtype=dtype)
@@ -113,16 +118,23 @@ def _load(start: PolicyRef, block: Train, device: Any, longest: Any) -> tuple[An
 
 
 def _export(model: Any, start: PolicyRef, directory: str, rank: int) -> None:
-    """Every worker writes and hashes its part of `policy/`."""
+    """Every worker writes and hashes its part of `policy/`; adapters, merged there, are kept in `adapter/` too."""
     import torch.distributed as dist
 
+    from dpo_ray.learn.adapters import adapted, export_adapters
     from dpo_ray.learn.export import export_policy
     from dpo_ray.learn.policy_files import file_hashes, identity_of
 
     where = {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
     if rank == 0:
-        storage.delete_directory(f"{directory}/policy")
+        for made in ("policy", "adapter"):
+            storage.delete_directory(f"{directory}/{made}")
     dist.barrier()
+    if adapted(model):
+        with tempfile.TemporaryDirectory() as scratch:
+            export_adapters(model, scratch, source=start.path)
+            if rank == 0:
+                storage.copy_directory(scratch, f"{directory}/adapter")
     with tempfile.TemporaryDirectory() as scratch:
         local = storage.is_local(directory)
         target = storage.filesystem(f"{directory}/policy")[1] if local else scratch

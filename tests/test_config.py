@@ -209,6 +209,14 @@ def test_train_parallelism_that_is_not_there_is_refused_with_what_to_do(field):
     assert locations(error.value) == ["train.resources"]
 
 
+def test_lora_dropout_is_refused():
+    with pytest.raises(ValidationError, match="a policy with dropout differs from its reference"):
+        RunConfig.model_validate(changed("train.lora", {"r": 4, "alpha": 8, "dropout": 0.1}))
+    lora = RunConfig.model_validate(changed("train.lora", {"r": 4, "alpha": 8, "target_modules": ["q_proj"]})).train.lora
+    assert lora is not None
+    assert lora.target_modules == ("q_proj",)
+
+
 def test_train_offload_without_a_gpu_is_refused():
     with pytest.raises(ValidationError, match="cpu_offload=true would be ignored"):
         RunConfig.model_validate(changed("train.resources.cpu_offload", True))

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from dpo_ray.learn.adapters import adapted, merged, plain_modules
 from dpo_ray.learn.meshes import device_of
 from dpo_ray.learn.policy_files import BESIDE_WEIGHTS, WEIGHTS_INDEX
 
@@ -46,7 +47,7 @@ def export_policy(
 ) -> list[str]:
     """Write the policy to `directory`; every rank calls it, writes some of the files and returns their names.
 
-    Ranks may give directories of their own: their files, put together, are the policy.
+    Adapters are put into the weights. Ranks may give directories of their own: their files, put together, are the policy.
 
     Args:
         source: local directory or hub id that the model was loaded from.
@@ -58,7 +59,9 @@ def export_policy(
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     dtype = dtype or _as_dtype(config.dtype)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    state = _kept_weights(model)
+    layers = {f"{name}.weight": layer for name, layer in adapted(model).items()}
+    with plain_modules(model):
+        state = _kept_weights(model)
     files = _split(_groups(model, list(state)), state, dtype, max_file_bytes)
     names = ["model.safetensors"]
     if len(files) > 1:
@@ -68,7 +71,7 @@ def export_policy(
         own: dict[str, torch.Tensor] = {}
         for writer, file in enumerate(files[first : first + ranks]):
             for group in file:
-                whole = {name: _whole(state[name], dtype, keep=writer == rank) for name in group}
+                whole = {name: _whole(state[name], dtype, layers.get(name), keep=writer == rank) for name in group}
                 if writer == rank:
                     own |= revert_weight_conversion(model, whole)
         if own:
@@ -130,13 +133,15 @@ def _split(
     return files
 
 
-def _whole(tensor: torch.Tensor, dtype: torch.dtype, *, keep: bool) -> torch.Tensor:
+def _whole(tensor: torch.Tensor, dtype: torch.dtype, layer: Any, *, keep: bool) -> torch.Tensor:
     """Gather a weight from its shards, in the dtype it is written in. Where it is not kept, it is empty."""
     tensor = tensor.detach()
-    if tensor.is_floating_point():
+    if tensor.is_floating_point() and layer is None:
         tensor = tensor.to(dtype)  # before gathering: fewer bytes to send
     if isinstance(tensor, DTensor):
         tensor = tensor.to(device_of(tensor.device_mesh)).full_tensor()
+    if layer is not None:
+        tensor = merged(tensor, layer).to(dtype)
     return tensor.cpu() if keep else tensor.new_empty(0)
 
 

@@ -35,6 +35,11 @@ def check_policy_directory(path: str | Path) -> None:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"policy directory {path} does not exist on this machine; give an existing one or a hub id")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"policy {path} is a PEFT adapter, and the reference needs the policy that it was tuned with; merge it into its "
+            "base with merge_and_unload(), save that with save_pretrained and its tokenizer, and give its directory"
+        )
     if not (path / "config.json").is_file():
         raise ConfigError(f"policy {path} has no config.json; save the model with model.save_pretrained({str(path)!r})")
     if not any(path.glob("*.safetensors")):

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading, initialization, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from dpo_ray.errors import DpoRayError
+from dpo_ray.errors import ConfigError, DpoRayError
+from dpo_ray.learn.adapters import Lora, add_adapters, plain_modules, start_adapters
 from dpo_ray.learn.meshes import device_of
 from dpo_ray.learn.policy import attention_of, check_complete, disable_dropout, load_policy, shard
 
@@ -34,6 +35,8 @@ def load_sharded_policy(
     compute_dtype: torch.dtype,
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
+    lora: Lora | None = None,
+    seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -41,20 +44,27 @@ def load_sharded_policy(
 
     The files must lie where each rank can read them.
 
+    Args:
+        lora: train adapters instead; the policy's frozen weights are then held in `compute_dtype` if they are stored so.
+        seed: of the adapters.
+
     Raises:
         ConfigError: on every rank, as `policy.load_policy` and `policy.shard` do.
     """
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = _empty_model(path, **where)
+    model = _empty_model(path, held_dtype=compute_dtype if lora else torch.float32, **where)
     files = _weight_files(path, model, revision)
     conversions = get_model_conversion_mapping(model)
     whole_reason = _why_whole(model, files, copy.deepcopy(conversions), _shard_ranks(mesh))
     whole = None
     if whole_reason:
-        logger.warning("%s: rank 0 loads all of %s and hands it out, since %s", type(model).__name__, path, whole_reason)
+        if dist.get_rank() == 0:
+            logger.warning("%s: rank 0 loads all of %s and hands it out: %s", type(model).__name__, path, whole_reason)
         whole = _load_on_rank_0(path, where)
         _untie(model, _from_rank_0(whole and [name for name, _ in whole.named_parameters()]))
         model._weight_conversions = _from_rank_0(whole and getattr(whole, "_weight_conversions", None))
+    if lora:
+        add_adapters(model, lora)
     shard(
         model,
         mesh,
@@ -64,18 +74,23 @@ def load_sharded_policy(
     )
     device = device_of(mesh)
     weights_device = torch.device("cpu") if cpu_offload else device
-    if whole_reason:
-        _hand_out(model, whole, device, weights_device)
-    else:
-        _read_slices(model, path, files, conversions, weights_device)
-    _initialize_buffers(model, device)
+    with plain_modules(model):
+        if whole_reason:
+            _hand_out(model, whole, device, weights_device)
+        else:
+            _read_slices(model, path, files, conversions, weights_device)
+        _initialize_buffers(model, device)
+    start_adapters(model, seed=seed)
     return model
 
 
-def _empty_model(path: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on the meta device, in eval mode and without dropout."""
+def _empty_model(path: str, *, held_dtype: torch.dtype, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device, in eval mode and without dropout; float32, or `held_dtype` if it is stored so."""
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    how: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    if getattr(config.get_text_config(), "quantization_config", None) or getattr(config, "quantization_config", None):
+        raise ConfigError(f"policy {path} is stored quantized, and training needs its weights; save it dequantized first")
+    dtype = held_dtype if config.dtype == held_dtype else torch.float32
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attention := attention_of(config):
         how["attn_implementation"] = attention
     if trust_remote_code and revision and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
@@ -108,8 +123,6 @@ def _shard_ranks(mesh: DeviceMesh) -> int:
 
 def _why_whole(model: PreTrainedModel, files: list[str], conversions: list[Any], ranks: int) -> str | None:
     """Why slices of the files are not slices of the model's weights; None if they are."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return "its weights are stored quantized"
     stored = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -149,8 +162,8 @@ def _read_slices(model: PreTrainedModel, path: str, files: list[str], conversion
     config = modeling_utils.LoadStateDictConfig(
         pretrained_model_name_or_path=path,
         device_map={"": device},
-        dtype=torch.float32,
-        dtype_plan=model._get_dtype_plan(torch.float32),
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
         weight_mapping=conversions,
         use_safetensors=True,
     )

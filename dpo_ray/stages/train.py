@@ -1,5 +1,8 @@
 """Train the round's policy with DPO. Reads REFERENCED, writes `policy/`: a directory that vLLM and transformers load.
 
+With LoRA, `policy/` has the adapters merged into its weights, so that every later stage and round loads a plain policy,
+and `adapter/` has them alone, as PEFT loads them.
+
 Ray Train starts the workers (train_worker.py) and keeps the checkpoints; what they compute is learn/.
 """
 
@@ -28,7 +31,10 @@ def stage(config: Run, round_: int, start: str) -> Stage:
         version=VERSION,
         config={
             "seed": config.seed,
-            **block.model_dump(mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens", "share_prompt"}),
+            **block.model_dump(
+                mode="json", exclude={"resources", "checkpoint_steps", "max_batch_tokens", "share_prompt", "lora"}
+            ),
+            **({"lora": block.lora.model_dump(mode="json")} if block.lora else {}),
         },
         inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),
@@ -90,7 +96,7 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     identity = storage.read_json(f"{context.directory}/identity.json")["identity"]
     summary = {f"{when}_{k}": m[k] for when, m in (("first", metrics[0]), ("last", metrics[-1])) for k in m if k != "step"}
     return StageOutput(
-        record_files(context.directory, "policy"),
+        [*record_files(context.directory, "policy"), *record_files(context.directory, "adapter")],
         rows,
         rows,
         {},

@@ -1,5 +1,7 @@
 """Two ranks load a policy into shards: what they hold, how they get it, and how much memory that takes."""
 
+import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from dpo_ray.learn.sharded_load import load_sharded_policy
 from . import ranks, tiny, training
 
 ROW = Group(list(range(3, 12)), [list(range(20, 32)), list(range(40, 54))])
+IDS_ST = torch.arange(3, 23).view(2, 10)
 PAIRS = tiny.build_pairs(13)
 ARCHITECTURES = sorted(tiny.configs() | tiny.more_configs())
 HANDED = ("qwen2", "gpt2", "qwen3_moe", "bloom", "two_heads")
@@ -62,11 +65,15 @@ def loaded(path: str, mesh, **options) -> dict:
     """What a rank has: all weights put together, all buffers, the size of its own part, and what the probe chooses."""
     model = load_sharded_policy(path, mesh, compute_dtype=torch.float32, **options)
     held = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    path = choose_path(model, ROW, pad_token_id=tiny.PAD)
+    with torch.no_grad():
+        logits = model(input_ids=IDS_ST, use_cache=False).logits  # after a forward of the probe that raised, too
     return {
+        "logits": logits,
         "weights": {name: p.full_tensor().detach() for name, p in held.items()},
         "buffers": dict(model.named_buffers()),
         "local": sum(p.to_local().numel() for p in held.values()),
-        "path": choose_path(model, ROW, pad_token_id=tiny.PAD),
+        "path": path,
         "attention": model.config._attn_implementation,
         "dropout": [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p],
         "training": model.training,
@@ -118,13 +125,16 @@ def check(results: list[dict], path: str) -> None:
     """Both ranks have what a whole load has, to the bit, and a part of it each."""
     whole = load_policy(path, dtype=torch.float32)
     own = whole.config._attn_implementation
+    path = choose_path(whole, ROW, pad_token_id=tiny.PAD)
+    logits = whole(input_ids=IDS_ST, use_cache=False).logits
     parameters, buffers = dict(whole.named_parameters()), dict(whole.named_buffers())
     for result in results:
         assert result["weights"].keys() == parameters.keys()
         assert all(torch.equal(result["weights"][name], p) for name, p in parameters.items())
         assert result["buffers"].keys() == buffers.keys()
         assert all(torch.equal(result["buffers"][name], b) for name, b in buffers.items())
-        assert result["path"] == choose_path(whole, ROW, pad_token_id=tiny.PAD)
+        assert result["path"] == path
+        torch.testing.assert_close(result["logits"], logits, rtol=1e-6, atol=1e-6)
         assert result["attention"] == (attention.NAME if result["path"].share_prompt else own)
         assert not result["dropout"]
         assert not result["training"]
@@ -171,6 +181,14 @@ def test_weights_that_are_missing_are_an_error_on_both_ranks(results):
 
 def test_weights_of_another_shape_are_an_error_on_both_ranks(results):
     assert all("such as lm_head.weight" in result["raised"]["other_shape"] for result in results)
+
+
+def test_a_quantized_policy_is_refused(directories, tmp_path):
+    shutil.copytree(directories["llama"], tmp_path / "quantized")
+    config = json.loads((tmp_path / "quantized/config.json").read_text())
+    (tmp_path / "quantized/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match="is stored quantized"):
+        load_sharded_policy(str(tmp_path / "quantized"), None, compute_dtype=torch.float32)
 
 
 # Memory
