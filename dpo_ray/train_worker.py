@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,14 @@ import numpy as np
 from dpo_ray import train_log
 from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import PolicyRef, local_path
+from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
 from dpo_ray.pair_table import PairTable, columns_of
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
     """Run on every worker of the trainer that stages/train.py starts; `arguments` come from there."""
+    import ray
     import ray.train
     import torch
     import torch.distributed as dist
@@ -35,12 +36,20 @@ def run_worker(arguments: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(block.resources.cpus)))
         matmul.float32_matmul_fast_path()
+    else:
+        torch.cuda.set_device(device)  # meshes and collectives take the current one
     torch.manual_seed(config.seed)
 
     table = PairTable(arguments["tables"], columns_of(block), arguments["table_hash"])
-    table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
-    model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
-    table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
+    try:
+        table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
+        model, optimizer, path, pad_token_id = _load(
+            start, block, device, table.longest(), seed=config.seed + arguments["round"]
+        )
+        table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
+    except ConfigError as error:  # every rank has it, and would have it again
+        ray.get(arguments["board"].refuse.remote(str(error)))
+        return
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
     done = 0
     if latest := ray.train.get_checkpoint():
@@ -92,46 +101,69 @@ def run_worker(arguments: dict[str, Any]) -> None:
                 checkpoint.save_checkpoint(shard, model, optimizer, done)
                 ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(shard))
         started = time.perf_counter()
-    _export(model, start, directory, block, rank)
+    _export(model, start, directory, rank)
     log.close()
     dist.barrier()
 
 
-def _load(start: PolicyRef, block: Train, device: Any, world_size: int, longest: Any) -> tuple[Any, Any, Any, int]:
+def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: int) -> tuple[Any, Any, Any, int]:
     """The policy with float32 master weights, sharded over all workers, its optimizer, its path and the token that pads."""
+    import ray.train
     import torch
-    from torch.distributed.device_mesh import init_device_mesh
 
-    from dpo_ray.learn import optim, policy, probe, tokens
+    from dpo_ray.learn import adapters, meshes, optim, probe, sharded_load, tokens
 
     path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
     pad_token_id = tokens.pad_token_id(tokens.load_tokenizer(path, **where))
-    whole: Any = policy.load_policy(path, dtype=torch.float32, **where)
-    whole.to(device)
-    chosen = probe.choose_path(whole, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt)
-    model = policy.shard(
-        whole,
-        init_device_mesh(device.type, (world_size,)),
-        compute_dtype=getattr(torch, block.dtype),
+    dtype, node = getattr(torch, block.dtype), ray.train.get_context().get_node_rank()
+    lora = block.lora and adapters.Lora(block.lora.r, block.lora.alpha, block.lora.target_modules)
+    model = sharded_load.load_sharded_policy(
+        path,
+        meshes.policy_mesh(device.type, node, copy_per_node=block.resources.shard == "node"),
+        compute_dtype=dtype,
         activation_checkpointing=block.activation_checkpointing,
+        cpu_offload=block.resources.cpu_offload,
+        lora=lora,
+        seed=seed,
+        **where,
     )
+    chosen = probe.choose_path(model, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt, compute_dtype=dtype)
     optimizer = optim.build_optimizer(
         model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
     )
     return model, optimizer, chosen, pad_token_id
 
 
-def _export(model: Any, start: PolicyRef, directory: str, block: Train, rank: int) -> None:
-    from dpo_ray.learn.policy import export_policy, policy_identity
+def _export(model: Any, start: PolicyRef, directory: str, rank: int) -> None:
+    """Every worker writes and hashes its part of `policy/`; adapters, merged there, are kept in `adapter/` too."""
+    import torch.distributed as dist
+
+    from dpo_ray.learn.adapters import adapted, export_adapters
+    from dpo_ray.learn.export import export_policy
+    from dpo_ray.learn.policy_files import file_hashes, identity_of
 
     where = {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
+    if rank == 0:
+        for made in ("policy", "adapter"):
+            storage.delete_directory(f"{directory}/{made}")
+    dist.barrier()
+    if adapted(model):
+        with tempfile.TemporaryDirectory() as scratch:
+            export_adapters(model, scratch, source=start.path)
+            if rank == 0:
+                storage.copy_directory(scratch, f"{directory}/adapter")
     with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "policy"
-        export_policy(model, target, source=local_path(start), **where)
-        if rank == 0:
-            storage.delete_directory(f"{directory}/policy")
-            storage.copy_directory(str(target), f"{directory}/policy")
-            storage.write_json(f"{directory}/identity.json", {"identity": policy_identity(target)})
+        local = storage.is_local(directory)
+        target = storage.filesystem(f"{directory}/policy")[1] if local else scratch
+        written = export_policy(model, target, source=local_path(start), **where)
+        hashes = file_hashes(target, written)
+        if written and not local:
+            storage.copy_directory(scratch, f"{directory}/policy")
+    parts: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, hashes)
+    if rank == 0:
+        identity = identity_of({name: sha for part in parts for name, sha in part.items()})
+        storage.write_json(f"{directory}/identity.json", {"identity": identity})
 
 
 def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> Any:

@@ -208,6 +208,27 @@ def test_generate_penalty_that_the_hf_engine_lacks_is_refused(penalty):
         Generate.model_validate({"engine": "hf", "sampling": {penalty: 0.5}})
 
 
+@pytest.mark.parametrize("field", ["tensor_parallel", "context_parallel"])
+def test_train_parallelism_that_is_not_there_is_refused_with_what_to_do(field):
+    with pytest.raises(ValidationError, match=rf"{field} is not supported.*use more workers") as error:
+        RunConfig.model_validate(changed(f"train.resources.{field}", 1))
+    assert locations(error.value) == ["train.resources"]
+
+
+def test_lora_dropout_is_refused():
+    with pytest.raises(ValidationError, match="a policy with dropout differs from its reference"):
+        RunConfig.model_validate(changed("train.lora", {"r": 4, "alpha": 8, "dropout": 0.1}))
+    lora = RunConfig.model_validate(changed("train.lora", {"r": 4, "alpha": 8, "target_modules": ["q_proj"]})).train.lora
+    assert lora is not None
+    assert lora.target_modules == ("q_proj",)
+
+
+def test_train_offload_without_a_gpu_is_refused():
+    with pytest.raises(ValidationError, match="cpu_offload=true would be ignored"):
+        RunConfig.model_validate(changed("train.resources.cpu_offload", True))
+    assert RunConfig.model_validate(changed("train.resources", {"gpus": 1, "cpu_offload": True})).train.resources.cpu_offload
+
+
 def test_config_reads_nothing_from_the_environment(monkeypatch):
     before = RunConfig.model_validate(minimal())
     for name in ("NAME", "POLICY", "ROOT", "SEED", "ROUNDS", "PROMPTS", "TRAIN", "TRAIN_BETA", "TRAIN__BETA", "train.beta"):

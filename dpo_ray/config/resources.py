@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from dpo_ray.config.block import Block
+
+OTHER_PARALLELISM = ("tensor_parallel", "context_parallel", "pipeline_parallel", "sequence_parallel", "expert_parallel")
+"""What users of other trainers look for here."""
 
 
 class DataResources(Block):
@@ -74,3 +79,25 @@ class TrainResources(Block):
     """CPUs of one worker."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker (0 or 1)."""
+    shard: Literal["all", "node"] = "all"
+    """Spread each weight over all workers, or over those of a node, with a copy on every node (HSDP): weights then move
+    inside a node only, and memory holds them once a node. Needs the same number of workers on every node."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the node's memory, and only the layers at work on the GPU."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def parallel_by_data_alone(cls, fields: Any) -> Any:
+        asked = [name for name in OTHER_PARALLELISM if isinstance(fields, dict) and name in fields]
+        if asked:
+            raise ValueError(
+                f"{asked[0]} is not supported: training shards weights and splits batches over workers, never a layer or a "
+                "sequence; take it out, and use more workers (activation_checkpointing and cpu_offload save memory)"
+            )
+        return fields
+
+    @model_validator(mode="after")
+    def offload_is_from_a_gpu(self) -> TrainResources:
+        if self.cpu_offload and not self.gpus:
+            raise ValueError("cpu_offload=true would be ignored: workers without GPUs hold everything in memory; take it out")
+        return self

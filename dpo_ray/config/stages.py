@@ -178,6 +178,25 @@ class Reference(Block):
         return self
 
 
+class Lora(Block):
+    """Train low-rank adapters around the policy's frozen weights (arXiv:2106.09685), and merge them at the end of the round."""
+
+    r: int = Field(ge=1)
+    """Rank of an adapter."""
+    alpha: float = Field(gt=0)
+    """An adapter's output is scaled by alpha / r."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Every linear layer but the head, or modules by name: [q_proj, v_proj]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_dropout(cls, fields: Any) -> Any:
+        asked = [name for name in ("dropout", "lora_dropout") if isinstance(fields, dict) and name in fields]
+        if asked:
+            raise ValueError(f"{asked[0]} is not supported: a policy with dropout differs from its reference; take it out")
+        return fields
+
+
 class Train(Block):
     """DPO with FSDP2 on Ray Train."""
 
@@ -214,6 +233,9 @@ class Train(Block):
     dtype: Dtype = "bfloat16"
     """Compute type, of the reference stage too; master weights and log-softmax are float32."""
     activation_checkpointing: bool = False
+    lora: Lora | None = None
+    """Train adapters alone. The reference of a round is then still a whole policy, such as the one it starts from, and so
+    is what the round makes; every round has fresh adapters."""
     checkpoint_steps: int = Field(default=100, ge=1)
     """Steps between two checkpoints for resume."""
     logging_steps: int = Field(default=10, ge=1)

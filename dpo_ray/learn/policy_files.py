@@ -5,6 +5,7 @@ In: a local directory in Hugging Face layout. Out: a ConfigError, or a hash.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_ray.errors import ConfigError
@@ -34,6 +35,11 @@ def check_policy_directory(path: str | Path) -> None:
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"policy directory {path} does not exist on this machine; give an existing one or a hub id")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"policy {path} is a PEFT adapter, and the reference needs the policy that it was tuned with; merge it into its "
+            "base with merge_and_unload(), save that with save_pretrained and its tokenizer, and give its directory"
+        )
     if not (path / "config.json").is_file():
         raise ConfigError(f"policy {path} has no config.json; save the model with model.save_pretrained({str(path)!r})")
     if not any(path.glob("*.safetensors")):
@@ -65,8 +71,18 @@ def policy_identity(directory: str | Path) -> str:
     directory = Path(directory)
     patterns = ("*.safetensors", WEIGHTS_INDEX, "config.json", *BESIDE_WEIGHTS)
     names = {p.relative_to(directory).as_posix() for pattern in patterns for p in directory.glob(pattern)}
-    identity = hashlib.sha256()
-    for name in sorted(names):
-        with open(directory / name, "rb") as file:
-            identity.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return identity.hexdigest()
+    return identity_of(file_hashes(directory, names))
+
+
+def file_hashes(directory: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 of some files of a policy, by name."""
+    hashes = {}
+    for name in names:
+        with open(Path(directory) / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def identity_of(hashes: dict[str, str]) -> str:
+    """Return `policy_identity` of the policy whose files these are, whoever has hashed them."""
+    return hashlib.sha256("".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()

@@ -8,17 +8,22 @@ What must not matter is tried: other completions of the prompt, other groups bef
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.learn import attention
 from dpo_ray.learn.layout import Batch, Group, separate, share
 from dpo_ray.learn.logps import Path, token_logps
+from dpo_ray.learn.meshes import device_of
 
 SharePrompt = Literal["auto", "always", "never"]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -62,12 +67,23 @@ def sequence_tokens(group: Group) -> int:
 
 
 @torch.no_grad()
-def choose_path(model: PreTrainedModel, group: Group, *, pad_token_id: int, share_prompt: SharePrompt = "auto") -> Path:
+def choose_path(
+    model: PreTrainedModel,
+    group: Group,
+    *,
+    pad_token_id: int,
+    share_prompt: SharePrompt = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Path:
     """Compare the fast ways with the model's own forward of one sequence, and return the fastest that is exact.
 
     Sharing is not exact, for example, with linear attention, whose state runs on from one completion into the next, or
     with ALiBi, which counts positions by itself. The choice is logged. A model in bfloat16 or float16 is tried in float32,
-    where rounding cannot hide a difference, if its memory allows.
+    where rounding cannot hide a difference, if its memory allows. A sharded model is tried by all its ranks together, on
+    the same group, and they choose alike.
+
+    Args:
+        compute_dtype: of a sharded model; None for that of its weights.
 
     Raises:
         ConfigError: `share_prompt` is `always`, and the shared layout gives other values; or a completion's value depends
@@ -75,14 +91,14 @@ def choose_path(model: PreTrainedModel, group: Group, *, pad_token_id: int, shar
     """
     _set_own_attention(model)
     if model.dtype not in (torch.bfloat16, torch.float16):
-        return _choose(model, group, pad_token_id, share_prompt)
+        return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
     try:
         with _in_float32(model):
-            return _choose(model, group, pad_token_id, share_prompt)
+            return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
     except RuntimeError as error:  # out of memory, or a layer that wants its own dtype
         reason = str(error).splitlines()[0][:200]
         logger.warning("%s: tried in %s, not in float32: %s", type(model).__name__, model.dtype, reason)
-    return _choose(model, group, pad_token_id, share_prompt)
+    return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
 
 
 def trial_groups(group: Group) -> list[Group]:
@@ -96,8 +112,9 @@ def trial_groups(group: Group) -> list[Group]:
     return [neighbour, Group(group.prompt, longest), neighbour]
 
 
-def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_prompt: SharePrompt) -> Path:
-    device = next(model.parameters()).device
+def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_prompt: SharePrompt, allowed: float) -> Path:
+    parameter = next(model.parameters())
+    device = device_of(parameter.device_mesh) if isinstance(parameter, DTensor) else parameter.device
     groups = trial_groups(group)
     rows, packed = separate(groups, pad_token_id).to(device), share(groups).to(device)
     own, tiled = Path(share_prompt=False, tiled_head=False), Path(share_prompt=False, tiled_head=True)
@@ -108,8 +125,8 @@ def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_promp
             for c in g.completions
         ]
     )
-    path = tiled if _same(_error(model, rows, tiled, exact), model) else own
-    if path is own and not _same(together := _error(model, rows, own, exact), model):
+    path = tiled if _same(_error(model, rows, tiled, exact), allowed) else own
+    if path is own and not _same(together := _error(model, rows, own, exact), allowed):
         raise ConfigError(_depends_on_batch(model, sequence_tokens(group), together))
     if share_prompt == "never":
         return path
@@ -119,14 +136,14 @@ def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_promp
         shared = _error(model, packed, path._replace(share_prompt=True), exact)
     except (ValueError, KeyError) as error:  # a model that lets nobody choose its attention
         shared = str(error)
-    if _same(shared, model):
+    if _same(shared, allowed):
         logger.info("%s: prompts are shared (%s), head tiled: %s", type(model).__name__, _text(shared), path.tiled_head)
         return path._replace(share_prompt=True)
     model.set_attn_implementation(before)
     if share_prompt == "always":
         raise ConfigError(
             f"share_prompt=always, but {type(model).__name__} gives other log-probabilities for a shared prompt: "
-            f"{_text(shared)}, allowed {TOLERANCE[model.dtype]:g}; use `auto`, which gives each completion a row of its own"
+            f"{_text(shared)}, allowed {allowed:g}; use `auto`, which gives each completion a row of its own"
         )
     logger.warning(
         "%s: each completion gets a row of its own, since a shared prompt gave %s", type(model).__name__, _text(shared)
@@ -158,15 +175,22 @@ def _in_float32(model: PreTrainedModel) -> Iterator[None]:
 def _error(model: PreTrainedModel, batch: Batch, path: Path, exact: torch.Tensor) -> float | str:
     """Return the mean difference to the exact values, or why the model cannot be run in this way."""
     try:
-        return (token_logps(model, batch, path).logps - exact).abs().mean().item()
+        error: float | str = (token_logps(model, batch, path).logps - exact).abs().mean().item()
     except torch.OutOfMemoryError:
         raise
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as raised:
+        error = f"{type(raised).__name__}: {str(raised).splitlines()[0][:200] if str(raised) else ''}"
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()  # a forward that raised leaves weights gathered, one without a backward is kept track of
+        errors: list[float | str] = [error] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        # Ranks on other hardware can round to the other side of what is allowed: all take the worst.
+        error = max(errors, key=lambda each: math.inf if isinstance(each, str) or math.isnan(each) else each)
+    return error
 
 
-def _same(error: float | str, model: PreTrainedModel) -> bool:
-    return not isinstance(error, str) and error <= TOLERANCE[model.dtype]  # NaN is not
+def _same(error: float | str, allowed: float) -> bool:
+    return not isinstance(error, str) and error <= allowed  # NaN is not
 
 
 def _text(error: float | str) -> str:

@@ -1,5 +1,8 @@
 """Train the round's policy with DPO. Reads REFERENCED, writes `policy/`: a directory that vLLM and transformers load.
 
+With LoRA, `policy/` has the adapters merged into its weights, so that every later stage and round loads a plain policy,
+and `adapter/` has them alone, as PEFT loads them.
+
 Ray Train starts the workers (train_worker.py) and keeps the checkpoints; what they compute is learn/.
 """
 
@@ -11,7 +14,7 @@ from typing import Any
 from dpo_ray import train_log
 from dpo_ray.config import Run
 from dpo_ray.engines.policies import policy_ref
-from dpo_ray.errors import StageError
+from dpo_ray.errors import DpoRayError, StageError
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import record_files
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
@@ -32,7 +35,8 @@ def stage(config: Run, round_: int, start: str) -> Stage:
         version=VERSION,
         config={
             "seed": config.seed,
-            **block.model_dump(mode="json", exclude={"resources", *CHANGES_NO_RESULT}),
+            **block.model_dump(mode="json", exclude={"resources", *CHANGES_NO_RESULT, "lora"}),
+            **({"lora": block.lora.model_dump(mode="json")} if block.lora else {}),
         },
         inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),
@@ -70,7 +74,9 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
         failure_config=ray.train.FailureConfig(max_failures=2),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
     )
-    torch_config = TorchConfig(backend="nccl" if resources.gpus else "gloo")
+    # What is offloaded is reduced where it lies, so that CPU tensors need a backend too.
+    on_gpu = "cpu:gloo,cuda:nccl" if resources.cpu_offload else "nccl"
+    torch_config = TorchConfig(backend=on_gpu if resources.gpus else "gloo")
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={**arguments, "board": board},
@@ -86,12 +92,14 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     try:
         ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        raise StageError(f"train: {error.cause}") from error
+        raise StageError(f"train: {_message(error.cause)}") from error
+    if refusal := ray.get(board.refusal.remote()):
+        raise StageError(f"train: {refusal}")
     metrics = [json.loads(line) for line in storage.read_bytes(f"{context.directory}/metrics.jsonl").splitlines()]
     identity = storage.read_json(f"{context.directory}/identity.json")["identity"]
     summary = {f"{when}_{k}": m[k] for when, m in (("first", metrics[0]), ("last", metrics[-1])) for k in m if k != "step"}
     return StageOutput(
-        record_files(context.directory, "policy"),
+        [*record_files(context.directory, "policy"), *record_files(context.directory, "adapter")],
         rows,
         rows,
         {},
@@ -104,11 +112,24 @@ def _fit(trainer: Any) -> None:
     trainer.fit()
 
 
+def _message(error: Any) -> str:
+    """What a worker said on purpose, in its own words; else all that Ray Train says."""
+    failures = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
+    return next((str(failure) for failure in failures if isinstance(failure, DpoRayError)), str(error))
+
+
 class _Board:
-    """Where rank 0 puts its latest progress, for the driver to read."""
+    """Where workers put their latest progress, or why they cannot train this policy, for the driver to read."""
 
     def __init__(self) -> None:
         self.value: tuple[int, int, dict[str, float]] | None = None
+        self.why: str | None = None
+
+    def refuse(self, why: str) -> None:
+        self.why = why
+
+    def refusal(self) -> str | None:
+        return self.why
 
     def put(self, done: int, total: int, metrics: dict[str, float]) -> None:
         self.value = (done, total, metrics)

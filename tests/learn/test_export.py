@@ -43,6 +43,36 @@ def test_export_policy_of_another_dtype_says_so_in_the_config(source, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", sorted(tiny.configs() | tiny.more_configs()))
+def test_export_policy_stores_weights_as_transformers_does(tmp_path, name):
+    """By the same names, fused experts taken apart, in one file with the same bytes or in several."""
+    source = tiny.save_policy(tmp_path / "source", name)
+    model = load_policy(source, dtype=torch.float32)
+    assert "model.safetensors" in export_policy(model, tmp_path / "one", source=source)
+    weights = (tmp_path / "source/model.safetensors").read_bytes()
+    assert (tmp_path / "one/model.safetensors").read_bytes() == weights
+
+    written = export_policy(model, tmp_path / "several", source=source, max_file_bytes=8000)
+    check_policy_directory(tmp_path / "several")
+    files = {path.name: load_file(path) for path in (tmp_path / "several").glob("*.safetensors")}
+    assert len(files) > 1
+    assert {*files, "model.safetensors.index.json", "config.json", "tokenizer.json"} <= set(written)
+    index = json.loads((tmp_path / "several/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {weight: file for file, own in files.items() for weight in own}
+    want = load_file(tmp_path / "source/model.safetensors")
+    got = {weight: value for own in files.values() for weight, value in own.items()}
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[weight], want[weight]) for weight in want)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in want.values())
+
+
+def test_export_policy_over_an_earlier_one_leaves_no_weights_of_it(source, tmp_path):
+    model = load_policy(str(source), dtype=torch.float32)
+    export_policy(model, tmp_path / "out", source=str(source), max_file_bytes=8000)
+    export_policy(model, tmp_path / "out", source=str(source))
+    assert {path.name for path in (tmp_path / "out").glob("model*")} == {"model.safetensors"}
+
+
 @pytest.mark.parametrize("name", sorted(tiny.configs()))
 def test_export_policy_reloads_to_the_same_logits(policies, tmp_path, name):
     ids_ST = torch.arange(3, 23).view(2, 10)

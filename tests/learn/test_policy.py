@@ -86,3 +86,37 @@ def test_shard_of_a_model_without_decoder_layers_is_a_config_error(mesh_of_one):
     model.model.layers = nn.ModuleList()
     with pytest.raises(ConfigError, match="no list of decoder layers"):
         shard(model, mesh_of_one, compute_dtype=torch.float32)
+
+
+def share(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def scalar(model):
+    model.model.layers[1].scale = nn.Parameter(torch.tensor(1.0))
+
+
+def quantized(model):
+    weight = torch.zeros(4, 4, dtype=torch.int8)
+    model.model.layers[1].packed = nn.Parameter(weight, requires_grad=False)
+
+
+def tied_to_a_layer(model):
+    model.lm_head.bias = model.model.layers[0].self_attn.q_proj.bias
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (share, r"model\.layers\.0\.mlp\.gate_proj\.weight is shared between layers"),
+        (tied_to_a_layer, r"bias is shared between layers"),
+        (scalar, r"model\.layers\.1\.scale has shape \(\) of torch\.float32"),
+        (quantized, r"model\.layers\.1\.packed has shape \(4, 4\) of torch\.int8"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_shard_of_a_model_that_fsdp2_cannot_wrap_names_the_weight(mesh_of_one, broken, message):
+    model = tiny.build_model("qwen2")
+    broken(model)
+    with pytest.raises(ConfigError, match=message):
+        shard(model, mesh_of_one, compute_dtype=torch.float32)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.learn.policy_files import check_policy_directory, policy_identity
+from dpo_ray.learn.policy_files import check_policy_directory, file_hashes, identity_of, policy_identity
 
 
 @pytest.fixture
@@ -40,6 +40,12 @@ def test_check_policy_directory_names_the_missing_file(policy, missing, message)
         check_policy_directory(policy)
 
 
+def test_check_policy_directory_of_an_adapter_alone_says_to_merge_it(policy):
+    (policy / "config.json").rename(policy / "adapter_config.json")
+    with pytest.raises(ConfigError, match=r"is a PEFT adapter.*merge_and_unload"):
+        check_policy_directory(policy)
+
+
 def test_check_policy_directory_refuses_pickled_weights(policy):
     (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"pickled weights \(pytorch_model\.bin\)"):
@@ -65,6 +71,12 @@ def test_policy_identity_is_the_same_for_a_copy_written_in_another_order(policy,
         shutil.copy(file, copy)
     (copy / "README.md").write_text("not part of a policy")
     assert policy_identity(copy) == policy_identity(policy)
+
+
+def test_policy_identity_is_that_of_files_hashed_by_different_ranks(policy):
+    names = sorted(path.name for path in policy.iterdir())
+    parts = [file_hashes(policy, names[rank::2]) for rank in range(2)]
+    assert identity_of(parts[1] | parts[0]) == policy_identity(policy)
 
 
 @pytest.mark.parametrize(

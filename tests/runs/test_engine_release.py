@@ -14,7 +14,7 @@ from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.flow.cluster import Idle
-from dpo_ray.learn.policy import load_policy, policy_identity
+from dpo_ray.learn.policy import export_policy, load_policy, policy_identity
 from dpo_ray.learn.tokens import load_tokenizer, render_prompt
 from dpo_ray.quickstart.policy import build_policy
 
@@ -148,6 +148,16 @@ def test_engine_killed_while_generating_starts_again_and_finishes(idle_ray: None
     family = [psutil.Process(pid) for pid, _ in restarted]
     engine.close()
     assert_gone(family, idle)
+
+
+@pytest.mark.slow
+def test_engine_loads_a_policy_exported_in_several_files(idle_ray: None, tiny_policy: Path, tmp_path: Path) -> None:
+    model = load_policy(str(tiny_policy), dtype=torch.float32)
+    export_policy(model, tmp_path, source=str(tiny_policy), max_file_bytes=model.num_parameters())
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    engine, asked = EnginePool(settings(), ref(tmp_path), 1, 1), requests(tmp_path)
+    assert_sampled_from(tiny_policy, asked, engine.generate(asked, SAMPLING))
+    engine.close()
 
 
 def assert_sampled_from(policy: Path, asked: list[Request], samples: list[list[Sample]]) -> None:

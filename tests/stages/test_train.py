@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from dpo_ray.config import RunConfig, Train
-from dpo_ray.engines.policies import policy_ref
+from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
@@ -80,9 +80,9 @@ def fit(local_ray, tmp_path_factory, policy):
     return made
 
 
-def run(directory, policy, workers, fingerprint="f1", **fields):
+def run(directory, policy, workers, fingerprint="f1", table=None, **fields):
     inputs = {
-        "pairs": commit_tables(directory / "pairs", [referenced(policy)]),
+        "pairs": commit_tables(directory / "pairs", [referenced(policy) if table is None else table]),
         "policy": commit_policy(directory / "start", policy.path, policy.identity),
     }
     config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}} | fields})
@@ -229,3 +229,13 @@ def test_train_budget_below_the_longest_pair_names_it_before_any_step(local_ray,
     with pytest.raises(StageError, match=rf"max_batch_tokens=15 .* pair-{tokens.argmax()} has {tokens.max()} tokens"):
         run(tmp_path, policy, 1, max_batch_tokens=15)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_train_policy_that_cannot_be_sharded_is_refused_in_one_line_at_the_first_try(local_ray, tmp_path):
+    config = OpenAIGPTConfig(vocab_size=tiny.VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    tiny.build_tokenizer().save_pretrained(tmp_path / "gpt")
+    policy = PolicyRef(str(tmp_path / "gpt"), policy_identity(tmp_path / "gpt"))
+    with pytest.raises(StageError, match=r"^train: OpenAIGPTLMHeadModel has no list of decoder layers .*use a policy.*$"):
+        run(tmp_path, policy, 2, table=referenced())
+    assert not (tmp_path / "policy").exists()

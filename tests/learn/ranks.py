@@ -1,0 +1,39 @@
+"""Run a function on several gloo processes. A rank waits 60 s at most in a collective, and the parent 150 s for all."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+COLLECTIVE_TIMEOUT_S, SPAWN_TIMEOUT_S = 60, 150
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, root: Path, *args: Any) -> list[Any]:
+    """Return what `function(*args)`, picklable, gives on each rank; raises what a rank raises."""
+    root.mkdir(exist_ok=True)
+    context = multiprocessing.start_processes(
+        _run_rank, args=(world_size, root, function, args), nprocs=world_size, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + SPAWN_TIMEOUT_S
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"{world_size} ranks took longer than {SPAWN_TIMEOUT_S} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(root / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_rank(rank: int, world_size: int, root: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(root / "store"), world_size)
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    torch.save(function(*args), root / f"result-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
