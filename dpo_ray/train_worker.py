@@ -5,8 +5,9 @@ Batches are planned from an index of row lengths, the same on every rank, so no 
 
 from __future__ import annotations
 
-import json
+import functools
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from dpo_ray.engines.policies import PolicyRef, local_path
 from dpo_ray.flow import storage
 from dpo_ray.pair_table import PairTable, columns_of
 
+START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""How far the loss of step 0 may lie from its known value, by compute type."""
+
 
 def run_worker(arguments: dict[str, Any]) -> None:
     """Run on every worker of the trainer that stages/train.py starts; `arguments` come from there."""
@@ -24,7 +28,8 @@ def run_worker(arguments: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import checkpoint, dpo, losses, matmul, objective, optim
+    from dpo_ray import train_state
+    from dpo_ray.learn import dpo, losses, matmul, objective, optim
 
     config: Run = arguments["config"]
     block, start, directory = config.train, arguments["policy"], arguments["directory"]
@@ -39,11 +44,10 @@ def run_worker(arguments: dict[str, Any]) -> None:
     table = PairTable(arguments["tables"], columns_of(block))
     model, optimizer, path, pad_token_id = _load(start, block, device, world_size, table.longest())
     plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
-    done = 0
-    if latest := ray.train.get_checkpoint():
-        with latest.as_directory() as saved:
-            done = checkpoint.load_checkpoint(saved, model, optimizer)
-    log = read_log(directory, done)
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=block.collective_timeout_s))
+    owner = (arguments["state"], arguments["fingerprint"], start.identity)
+    where = train_state.Where(*owner, group, context.get_local_rank())
+    done, log = train_state.resume(where, model, optimizer)
     pairs_done = sum(len(rows) for step in plan[:done] for micro in step for rows in micro)
     steps = dpo.dpo_steps(
         model,
@@ -60,24 +64,22 @@ def run_worker(arguments: dict[str, Any]) -> None:
         pad_token_id=pad_token_id,
         device=device,
         start_step=done,
+        start_tolerance=START_TOLERANCE[block.dtype] if arguments["reference"] == start.identity else None,
     )
-    for metrics in steps:
-        done += 1
-        log.append(metrics)
-        pairs_done += sum(len(rows) for micro in plan[done - 1] for rows in micro)
-        if rank == 0:
-            shown = {k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies")}
-            arguments["board"].put.remote(pairs_done, len(table) * block.epochs, shown)
-        if done % block.checkpoint_steps == 0 and done < len(plan):
+    publish = functools.partial(write_log, directory)
+    how = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept, "publish": publish}
+    with train_state.saving(where, model, optimizer, **how) as save:
+        for metrics in steps:
+            done += 1
+            log.append(metrics)
+            pairs_done += sum(len(rows) for micro in plan[done - 1] for rows in micro)
             if rank == 0:
-                write_log(directory, log)
-            with tempfile.TemporaryDirectory() as shard:
-                checkpoint.save_checkpoint(shard, model, optimizer, done)
-                ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(shard))
+                shown = {k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies")}
+                arguments["board"].put.remote(pairs_done, len(table) * block.epochs, shown)
+            save(done, log)
     _export(model, start, directory, block, rank)
     if rank == 0:
         write_log(directory, log)
-    dist.barrier()
 
 
 def _load(start: PolicyRef, block: Train, device: Any, world_size: int, longest: Any) -> tuple[Any, Any, Any, int]:
@@ -136,14 +138,8 @@ def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int,
     ]
 
 
-def read_log(directory: str, done: int) -> list[dict[str, float]]:
-    """Metrics of the steps before a resume; [] at the start."""
-    if done == 0:
-        return []
-    lines = storage.read_bytes(f"{directory}/metrics.jsonl").splitlines()
-    return [json.loads(line) for line in lines[:done]]
-
-
 def write_log(directory: str, log: list[dict[str, float]]) -> None:
     """All metrics up to now, one JSON object a step."""
-    storage.write_bytes(f"{directory}/metrics.jsonl", "".join(json.dumps(m) + "\n" for m in log).encode())
+    from dpo_ray.train_state import lines
+
+    storage.write_bytes(f"{directory}/metrics.jsonl", lines(log))

@@ -68,9 +68,27 @@ class EngineResources(ActorResources):
 class TrainResources(Block):
     """Where training runs."""
 
-    workers: int = Field(default=1, ge=1)
-    """Ray Train workers, one process each; FSDP2 shards the policy over all of them."""
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers, one process each; FSDP2 shards the policy over all of them. [min, max]: as many as fit, at least
+    min; when nodes come or go, training goes on from its last checkpoint on the new number. The pairs of every step and
+    the learning rates are the same on any number."""
     cpus: float = Field(default=1.0, gt=0)
     """CPUs of one worker."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker (0 or 1)."""
+
+    @field_validator("workers")
+    @classmethod
+    def workers_are_a_positive_range(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if not 1 <= low <= high:
+            raise ValueError(f"got {workers}; expected a count of at least 1, or [min, max] with 1 <= min <= max")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers

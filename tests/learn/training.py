@@ -52,10 +52,15 @@ def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size:
 
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
     """Return the metrics of all steps from `start_step` on."""
+    return list(take(model, optimizer, pairs, steps, start_step=start_step, **options))
+
+
+def take(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
+    """Yield the metrics of each step from `start_step` on, after it is taken."""
     defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
     defaults |= {"objective": OBJECTIVE, "lengths": tiny.pair_lengths(pairs), "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
-    return list(dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options)))
+    return dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options))
 
 
 class GradientRecorder(torch.optim.Optimizer):
