@@ -45,8 +45,13 @@ def fit(trainer: Any) -> None:
         raise
 
 
-def run_until_started(attempt: Callable[[], object], *, max_failures: int, max_setup_failures: int) -> None:
+def run_until_started(
+    attempt: Callable[[], object], *, max_failures: int, max_setup_failures: int, pause_s: float = 1.0
+) -> None:
     """Call `attempt`, which runs `fit` in a task, until it ends other than by a failed start.
+
+    Args:
+        pause_s: before the second attempt; each pause after it is twice as long, up to 30 s.
 
     Raises:
         DpoRayError: as a worker raised it.
@@ -71,4 +76,4 @@ def run_until_started(attempt: Callable[[], object], *, max_failures: int, max_s
                     f"train: the workers could not be started within train.max_setup_failures={max_setup_failures} more "
                     f"tries. The last failure: {cause}"
                 ) from error
-        time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
+        time.sleep(min(pause_s * 2.0**failures, LONGEST_PAUSE_S))
