@@ -27,7 +27,8 @@ def plan(world_size: int):
 
 
 def where(root: Path, name: str) -> train_state.Where:
-    return train_state.Where(str(root / name), "fingerprint", "policy", dist.group.WORLD, dist.get_rank())
+    """Over a group of its own: what a thread exchanges must not meet what a step does."""
+    return train_state.Where(str(root / name), "fingerprint", "policy", dist.new_group(backend="gloo"), dist.get_rank())
 
 
 def run(root: Path, name: str, path: str, *, until: int = NUM_STEPS):
@@ -35,9 +36,10 @@ def run(root: Path, name: str, path: str, *, until: int = NUM_STEPS):
     world_size = dist.get_world_size()
     model = training.build(path, dist.init_device_mesh("cpu", (world_size,)))
     optimizer = training.build_adamw(model)
-    done, log = train_state.resume(where(root, name), model, optimizer)
+    place = where(root, name)
+    done, log = train_state.resume(place, model, optimizer)
     before = done
-    with train_state.saving(where(root, name), model, optimizer, every=EVERY, num_steps=NUM_STEPS, kept=2) as save:
+    with train_state.saving(place, model, optimizer, every=EVERY, num_steps=NUM_STEPS, kept=2) as save:
         for metrics in training.take(model, optimizer, PAIRS, plan(world_size)[:until], start_step=done):
             done += 1
             log.append(metrics)

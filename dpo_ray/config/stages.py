@@ -203,7 +203,8 @@ class Train(Block):
     """Times that starting the workers may fail: a lost node, a taken port, no room for them within a minute."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """Longest that a worker waits for the others in one exchange before it counts as a failure. It must cover how much
-    longer than the fastest worker the slowest one takes to load the policy."""
+    longer than the fastest worker the slowest one takes to load the policy, and to read or write its part of a
+    checkpoint."""
     resources: TrainResources = TrainResources()
 
     @field_validator("loss", mode="before")
