@@ -1,6 +1,7 @@
 """Where the metrics of training go: metrics.jsonl and TensorBoard always, W&B and MLflow where `train.report_to` asks.
 
-In: the metrics of a few steps at a time, from rank 0. Out: one line or point a step.
+In: the metrics of a few steps at a time, from rank 0, and after a resume those that the checkpoint has. Out: one line or
+point a step.
 Invariant: after a resume at step k each step is in metrics.jsonl once; TensorBoard hides, and W&B keeps, what was logged
 after step k before. MLflow has such steps twice, with the same values.
 """
@@ -34,7 +35,7 @@ class Log(NamedTuple):
 
     write: Callable[[Sequence[Line]], None]
     publish: Callable[[], None]
-    """Bring what is written to where the run lies; before a checkpoint is reported, so that a resume finds it."""
+    """Bring what is written to where the run lies, so that it is seen there; at every checkpoint, from any thread."""
     close: Callable[[], None]
 
 
@@ -66,15 +67,14 @@ def check_reports(report_to: Sequence[str]) -> None:
         )
 
 
-def open_log(directory: str, config: Run, round_: int, done: int) -> Log:
+def open_log(directory: str, config: Run, round_: int, kept: Sequence[Line]) -> Log:
     """Open the log of a round's training.
 
     Args:
         directory: of the stage; a path, or a URI, for which files are written locally until `publish`.
-        done: steps that a checkpoint has; what was logged after them is cut off.
+        kept: lines of the steps that a checkpoint has; metrics.jsonl starts with these, whatever it held.
     """
-    local = storage.is_local(directory)
-    kept = read_log(directory, done)
+    local, done = storage.is_local(directory), len(kept)
     target = Path(storage.filesystem(directory)[1] if local else tempfile.mkdtemp())
     if not done:
         storage.delete_directory(f"{directory}/{TENSORBOARD}")
@@ -104,14 +104,6 @@ def open_log(directory: str, config: Run, round_: int, done: int) -> Log:
             shutil.rmtree(target)
 
     return Log(write, publish, close)
-
-
-def read_log(directory: str, done: int) -> list[dict[str, float]]:
-    """Metrics of the first `done` steps; [] at the start."""
-    if done == 0:
-        return []
-    lines = storage.read_bytes(f"{directory}/{LOG}").splitlines()
-    return [json.loads(line) for line in lines[:done]]
 
 
 def _jsonl(path: Path, kept: Sequence[Line]) -> _Sink:

@@ -5,8 +5,11 @@ Batches are planned from an index of row lengths, the same on every rank, so no 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import tempfile
 import time
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -14,96 +17,124 @@ import numpy as np
 from dpo_ray import train_log
 from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import PolicyRef, local_path
-from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
 from dpo_ray.pair_table import PairTable, columns_of
+
+START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""How far the loss of step 0 may lie from its known value, by compute type."""
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
     """Run on every worker of the trainer that stages/train.py starts; `arguments` come from there."""
-    import ray
     import ray.train
-    import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import checkpoint, dpo, losses, matmul, objective, optim, speed
+    from dpo_ray import train_state
+    from dpo_ray.learn import dpo, speed
 
     config: Run = arguments["config"]
-    block, start, directory = config.train, arguments["policy"], arguments["directory"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(block.resources.cpus)))
-        matmul.float32_matmul_fast_path()
-    else:
-        torch.cuda.set_device(device)  # meshes and collectives take the current one
-    torch.manual_seed(config.seed)
-
+    block, start, directory, board = config.train, arguments["policy"], arguments["directory"], arguments["board"]
+    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    device, seed = _set_up(config), config.seed + arguments["round"]
     table = PairTable(arguments["tables"], columns_of(block), arguments["table_hash"])
-    try:
-        table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
-        model, optimizer, path, pad_token_id = _load(
-            start, block, device, table.longest(), seed=config.seed + arguments["round"]
-        )
-        table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
-    except ConfigError as error:  # every rank has it, and would have it again
-        ray.get(arguments["board"].refuse.remote(str(error)))
-        return
-    plan = plan_steps(table.lengths, block, world_size, seed=config.seed + arguments["round"], share_prompt=path.share_prompt)
-    done = 0
-    if latest := ray.train.get_checkpoint():
-        with latest.as_directory() as saved:
-            done = checkpoint.load_checkpoint(saved, model, optimizer)
-    log = train_log.open_log(directory, config, arguments["round"], done) if rank == 0 else train_log.SILENT
-    peak = world_size * speed.matmul_peak(device, getattr(torch, block.dtype))
-    flops, board = speed.token_flops(model), arguments["board"]
+    table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
+    model, optimizer, path, pad_token_id = _load(start, block, device, table.longest(), seed=seed)
+    table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
+    plan = plan_steps(table.lengths, block, world_size, seed=seed, share_prompt=path.share_prompt)
+    where = _checkpoints(arguments)
+    done, lines = train_state.resume(where, model, optimizer)
+    log = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
+    saving: Any = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept}
+    saving["publish"] = lambda _: log.publish()
+    measured, num_pairs = _measured(model, block, device, world_size), len(table) * block.epochs
     if rank == 0:
-        board.put.remote(plan.pairs_before(done), len(table) * block.epochs, {})
+        board.put.remote(plan.pairs_before(done), num_pairs, {})
     steps = dpo.dpo_steps(
         model,
         optimizer,
         table.fetch,
         plan,
         path,
-        objective.Objective([losses.Term(*term) for term in block.terms()], block.beta, block.wpo, block.ld_alpha),
+        _objective(block),
         table.lengths,
-        learning_rate_for=lambda step: optim.learning_rate_at(
-            step,
-            len(plan),
-            peak=block.learning_rate,
-            warmup_steps=block.num_warmup_steps(len(plan)),
-            schedule=block.schedule,
-        ),
+        learning_rate_for=functools.partial(_learning_rate, block, len(plan)),
         max_grad_norm=block.max_grad_norm,
         pad_token_id=pad_token_id,
         device=device,
         start_step=done,
         read_after=lambda steps: steps % block.logging_steps == 0 or steps % block.checkpoint_steps == 0,
+        start_tolerance=START_TOLERANCE[block.dtype] if arguments["reference"] == start.identity else None,
     )
-    started = time.perf_counter()
-    for metrics in steps:
-        seconds, taken = time.perf_counter() - started, plan[done : done + len(metrics)]
-        timed = speed.interval_metrics(taken, table.lengths, seconds, flops, peak, share_prompt=path.share_prompt)
-        memory = speed.peak_memory_gib(device)
-        lines = [
-            {"step": i, "epoch": i * block.epochs / len(plan), **of_step, **of_interval, "peak_memory_gib": memory}
-            for i, (of_step, of_interval) in enumerate(zip(metrics, timed, strict=True), done + 1)
-        ]
-        done += len(metrics)
-        log.write(lines)
-        if rank == 0:
-            shown = {k: lines[-1][k] for k in ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")}
-            board.put.remote(plan.pairs_before(done), len(table) * block.epochs, shown)
-        if done % block.checkpoint_steps == 0 and done < len(plan):
-            log.publish()
-            with tempfile.TemporaryDirectory() as shard:
-                checkpoint.save_checkpoint(shard, model, optimizer, done)
-                ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(shard))
+    with contextlib.closing(log), train_state.saving(where, model, optimizer, **saving) as save:
         started = time.perf_counter()
+        for metrics in steps:
+            seconds, taken = time.perf_counter() - started, plan[done : done + len(metrics)]
+            timed = speed.interval_metrics(taken, table.lengths, seconds, *measured, share_prompt=path.share_prompt)
+            for of_step, of_interval in zip(metrics, timed, strict=True):
+                done += 1
+                lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval})
+                lines[-1]["peak_memory_gib"] = speed.peak_memory_gib(device)
+            log.write(lines[-len(metrics) :])
+            if rank == 0:
+                board.put.remote(plan.pairs_before(done), num_pairs, {name: lines[-1][name] for name in SHOWN})
+            save(done, lines)
+            started = time.perf_counter()
     _export(model, start, directory, rank)
-    log.close()
     dist.barrier()
+
+
+def _set_up(config: Run) -> Any:
+    """Make this process ready to compute; return its device."""
+    import ray.train
+    import torch
+
+    from dpo_ray.learn import matmul
+
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.train.resources.cpus)))
+        matmul.float32_matmul_fast_path()
+    else:
+        torch.cuda.set_device(device)  # meshes and collectives take the current one
+    torch.manual_seed(config.seed)
+    return device
+
+
+def _checkpoints(arguments: dict[str, Any]) -> Any:
+    """Where this run's checkpoints lie, as train_state.Where; every rank calls it, for a group of their own."""
+    import ray.train
+    import torch.distributed as dist
+
+    from dpo_ray.train_state import Where
+
+    timeout = timedelta(seconds=arguments["config"].train.collective_timeout_s)
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
+    owner = (arguments["state"], arguments["fingerprint"], arguments["policy"].identity)
+    return Where(*owner, group, ray.train.get_context().get_local_rank())
+
+
+def _measured(model: Any, block: Train, device: Any, world_size: int) -> tuple[Any, float]:
+    """FLOPs of a token, and FLOP/s that all workers could reach."""
+    import torch
+
+    from dpo_ray.learn import speed
+
+    return speed.token_flops(model), world_size * speed.matmul_peak(device, getattr(torch, block.dtype))
+
+
+def _objective(block: Train) -> Any:
+    from dpo_ray.learn.losses import Term
+    from dpo_ray.learn.objective import Objective
+
+    return Objective([Term(*term) for term in block.terms()], block.beta, block.wpo, block.ld_alpha)
+
+
+def _learning_rate(block: Train, num_steps: int, step: int) -> float:
+    from dpo_ray.learn.optim import learning_rate_at
+
+    warmup_steps = block.num_warmup_steps(num_steps)
+    return learning_rate_at(step, num_steps, peak=block.learning_rate, warmup_steps=warmup_steps, schedule=block.schedule)
 
 
 def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: int) -> tuple[Any, Any, Any, int]:
@@ -116,10 +147,11 @@ def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: in
     path, where = local_path(start), {"revision": start.revision, "trust_remote_code": start.trust_remote_code}
     pad_token_id = tokens.pad_token_id(tokens.load_tokenizer(path, **where))
     dtype, node = getattr(torch, block.dtype), ray.train.get_context().get_node_rank()
+    elastic = isinstance(block.resources.workers, tuple)
     lora = block.lora and adapters.Lora(block.lora.r, block.lora.alpha, block.lora.target_modules)
     model = sharded_load.load_sharded_policy(
         path,
-        meshes.policy_mesh(device.type, node, copy_per_node=block.resources.shard == "node"),
+        meshes.policy_mesh(device.type, node, copy_per_node=block.resources.shard == "node", elastic=elastic),
         compute_dtype=dtype,
         activation_checkpointing=block.activation_checkpointing,
         cpu_offload=block.resources.cpu_offload,

@@ -32,13 +32,18 @@ def context(
     return StageContext(str(directory), fingerprint, inputs or {}, engine, lambda: None, Silent())
 
 
-def commit(directory: Path | str, files: list[FileRecord], metrics: Mapping[str, Any] | None = None) -> Artifact:
+def commit(
+    directory: Path | str,
+    files: list[FileRecord],
+    metrics: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> Artifact:
     rows = sum(f.rows or 0 for f in files)
     manifest = Manifest(
         stage="made",
         round=0,
         fingerprint="made",
-        identity={},
+        identity={"inputs": dict(inputs or {})},
         files=files,
         rows_in=rows,
         rows_out=rows,
@@ -53,9 +58,16 @@ def commit(directory: Path | str, files: list[FileRecord], metrics: Mapping[str,
     return write_manifest(str(directory), manifest)
 
 
-def commit_tables(directory: Path | str, tables: Sequence[pa.Table], prefix: str = "part-") -> Artifact:
-    """Commit one file a table."""
-    return commit(directory, [write_table(str(directory), f"{prefix}{i:05d}.parquet", t) for i, t in enumerate(tables)])
+def commit_tables(
+    directory: Path | str, tables: Sequence[pa.Table], prefix: str = "part-", inputs: Mapping[str, str] | None = None
+) -> Artifact:
+    """Commit one file a table.
+
+    Args:
+        inputs: role -> output hash of what the tables were made from.
+    """
+    files = [write_table(str(directory), f"{prefix}{i:05d}.parquet", t) for i, t in enumerate(tables)]
+    return commit(directory, files, inputs=inputs)
 
 
 def commit_policy(directory: Path | str, path: str, identity: str) -> Artifact:

@@ -6,7 +6,15 @@ import yaml
 from pydantic import ValidationError
 
 from dpo_ray.cli import load_config
-from dpo_ray.config import ActorResources, EngineResources, Generate, PreferenceRun, RunConfig, run_class
+from dpo_ray.config import (
+    ActorResources,
+    EngineResources,
+    Generate,
+    PreferenceRun,
+    RunConfig,
+    TrainResources,
+    run_class,
+)
 
 PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
 
@@ -198,6 +206,30 @@ def test_config_global_batch_must_divide_over_workers(global_batch_size, workers
         assert RunConfig.model_validate(tree).train.resources.workers == workers
     else:
         with pytest.raises(ValidationError, match="global_batch_size"):
+            RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(("workers", "low", "high"), [(3, 3, 3), ([1, 8], 1, 8), ([2, 2], 2, 2)])
+def test_train_resources_count_or_range_give_both_bounds(workers, low, high):
+    resources = TrainResources.model_validate({"workers": workers})
+    assert (resources.min_workers, resources.max_workers) == (low, high)
+
+
+@pytest.mark.parametrize("workers", [0, [0, 2], [3, 2]])
+def test_train_resources_refuse_what_is_no_range(workers):
+    with pytest.raises(ValidationError, match=r"\[min, max\] with 1 <= min <= max"):
+        TrainResources.model_validate({"workers": workers})
+
+
+@pytest.mark.parametrize(("global_batch_size", "valid"), [(8, True), (9, True), (7, False)])
+def test_config_elastic_workers_need_a_pair_each_and_no_multiple(global_batch_size, valid):
+    """A global batch of 9 on 2 to 8 workers: the plan spreads it over any number."""
+    tree = minimal()
+    tree["train"] |= {"global_batch_size": global_batch_size, "resources": {"workers": [2, 8]}}
+    if valid:
+        RunConfig.model_validate(tree)
+    else:
+        with pytest.raises(ValidationError, match=r"global_batch_size=7 cannot be cut into workers=\[2, 8\]"):
             RunConfig.model_validate(tree)
 
 

@@ -139,6 +139,7 @@ def test_alpha_divergence_and_its_coefficient_come_together():
     [
         ("sft", {}, "beta would be ignored: loss sft"),
         ("aot", {"resources": {"workers": 2}}, "aot sorts the whole global batch"),
+        ("aot", {"resources": {"workers": [1, 2]}}, "aot sorts the whole global batch"),
         (["sigmoid", "aot_unpaired"], {"wpo": True}, "wpo weighs the loss of each pair, and aot_unpaired has none"),
         (["sigmoid", "sft"], {"wpo": True}, "wpo weighs the loss of each pair, and sft has none"),
         (["sigmoid", "simpo"], {"ld_alpha": 0.5}, "ld_alpha scales log-ratios to the reference, and simpo"),

@@ -73,17 +73,28 @@ class EngineResources(ActorResources):
 class TrainResources(Block):
     """Where training runs."""
 
-    workers: int = Field(default=1, ge=1)
-    """Ray Train workers, one process each; FSDP2 shards the policy over all of them."""
+    workers: int | tuple[int, int] = 1
+    """Ray Train workers, one process each; FSDP2 shards the policy over all of them. [min, max]: as many as fit, at least
+    min; when nodes come or go, training goes on from its last checkpoint on the new number. The pairs of every step and
+    the learning rates are the same on any number."""
     cpus: float = Field(default=1.0, gt=0)
     """CPUs of one worker."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of one worker (0 or 1)."""
     shard: Literal["all", "node"] = "all"
     """Spread each weight over all workers, or over those of a node, with a copy on every node (HSDP): weights then move
-    inside a node only, and memory holds them once a node. Needs the same number of workers on every node."""
+    inside a node only, and memory holds them once a node. Needs the same number of workers on every node; while those of a
+    range [min, max] differ, all of them share one copy."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in the node's memory, and only the layers at work on the GPU."""
+
+    @field_validator("workers")
+    @classmethod
+    def workers_are_a_positive_range(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if not 1 <= low <= high:
+            raise ValueError(f"got {workers}; expected a count of at least 1, or [min, max] with 1 <= min <= max")
+        return workers
 
     @model_validator(mode="before")
     @classmethod
@@ -101,3 +112,11 @@ class TrainResources(Block):
         if self.cpu_offload and not self.gpus:
             raise ValueError("cpu_offload=true would be ignored: workers without GPUs hold everything in memory; take it out")
         return self
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers

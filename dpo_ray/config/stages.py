@@ -237,11 +237,22 @@ class Train(Block):
     """Train adapters alone. The reference of a round is then still a whole policy, such as the one it starts from, and so
     is what the round makes; every round has fresh adapters."""
     checkpoint_steps: int = Field(default=100, ge=1)
-    """Steps between two checkpoints for resume."""
+    """Steps between two checkpoints for resume. A step waits for the copy of its state alone, not for the files."""
+    checkpoints_kept: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay on disk; while one is written there is one more."""
     logging_steps: int = Field(default=10, ge=1)
     """Steps between two readings of the metrics, which are kept for every step: a GPU's host waits for it then alone."""
     report_to: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where metrics go besides metrics.jsonl and tensorboard/; each needs the extra of its name."""
+    max_failures: int = Field(default=2, ge=0)
+    """Times that training may lose a worker and go on from the last checkpoint. What another attempt cannot mend (a loss
+    that is not finite, a full disk, unusable input) stops at once."""
+    max_setup_failures: int = Field(default=10, ge=0)
+    """Times that starting the workers may fail: a lost node, a taken port, no room for them within a minute."""
+    collective_timeout_s: int = Field(default=600, ge=1)
+    """Longest that a worker waits for the others in one exchange before it counts as a failure. It must cover how much
+    longer than the fastest worker the slowest one takes to load the policy, and to read or write its part of a
+    checkpoint."""
     resources: TrainResources = TrainResources()
 
     @field_validator("optimizer", mode="before")
@@ -282,7 +293,7 @@ class Train(Block):
     @model_validator(mode="after")
     def sorting_losses_see_the_whole_batch(self) -> Train:
         sorting = [loss.name() for loss in self.loss if loss.sorts_global_batch]
-        if sorting and self.resources.workers > 1:
+        if sorting and self.resources.max_workers > 1:
             raise ValueError(
                 f"loss {', '.join(sorting)} sorts the whole global batch, got workers={self.resources.workers}; set "
                 "resources.workers to 1"
@@ -333,9 +344,16 @@ class Train(Block):
 
     @model_validator(mode="after")
     def global_batch_divides_over_workers(self) -> Train:
-        if self.global_batch_size % self.resources.workers:
+        workers = self.resources.workers
+        if isinstance(workers, tuple):
+            if self.global_batch_size < self.resources.max_workers:
+                raise ValueError(
+                    f"global_batch_size={self.global_batch_size} cannot be cut into workers={list(workers)}: with the most of "
+                    "them some would never have a pair; raise it, or lower the maximum"
+                )
+        elif self.global_batch_size % workers:
             raise ValueError(
-                f"global_batch_size={self.global_batch_size} does not divide over workers={self.resources.workers}; "
+                f"global_batch_size={self.global_batch_size} does not divide over workers={workers}; "
                 "choose a multiple, so that no worker idles in a step"
             )
         return self

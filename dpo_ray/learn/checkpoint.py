@@ -1,11 +1,13 @@
-"""Save and load the state of training (weights, optimizer, step) for resume, on any number of ranks.
+"""The state of training (weights, optimizer, step) as files for resume, on any number of ranks.
 
+`copy_state` is all that a step waits for; `write_state` can run in a thread, over a process group of its own.
 Out: DCP files, one or more per rank (`__<rank>_<i>.distcp`) and rank 0's `.metadata`. Ranks may write to directories of
 their own; to load, all files lie in one directory.
 Trust: DCP unpickles its metadata, so load only what this run has written.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,23 +15,81 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, into: Any = None) -> dict[str, Any]:
+    """Return a copy in host memory of this rank's shards; training may go on while it is written. Every rank calls it.
+
+    Args:
+        step: steps taken, which is the index of the next one.
+        into: an earlier copy that is no longer needed; its memory (page-locked for a GPU) is used again.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    copied = _copied({"model": model_state, "optimizer": optimizer_state, "step": step}, into)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies were only started
+    return copied
+
+
+def _copied(value: Any, into: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v, into[k] if into else None) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v, into[i] if into else None) for i, v in enumerate(value)]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if into is None:
+        return _in_host_memory(value)
+    _local(into).copy_(_local(value), non_blocking=True)
+    return into
+
+
+def _in_host_memory(tensor: torch.Tensor) -> torch.Tensor:
+    copied: Any = tensor.detach().to("cpu", copy=True)
+    if tensor.device.type != "cuda" or _local(copied).numel() == 0:
+        return copied
+    if isinstance(copied, DTensor):
+        copied._local_tensor = copied._local_tensor.pin_memory()
+        return copied
+    return copied.pin_memory()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def write_state(state: dict[str, Any], directory: str | Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's part of what `copy_state` returned; every rank calls it.
+
+    Args:
+        group: of CPU collectives; None is the default group.
+
+    Raises:
+        CheckpointException: on every rank, when one of them could not write. It is no `Exception`.
+    """
+    save(state, checkpoint_id=str(directory), process_group=group, no_dist=not dist.is_initialized())
 
 
 def save_checkpoint(directory: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write this rank's shards; every rank calls it.
+    """Write this rank's shards before returning; every rank calls it.
 
     Args:
         step: steps taken, which is the index of the next one.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": step}
-    save(state, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
+    write_state(copy_state(model, optimizer, step), directory)
 
 
-def load_checkpoint(directory: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None = None,
+) -> int:
     """Load into model and optimizer, however many ranks wrote the checkpoint; return the step saved with it."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
-    load(state, checkpoint_id=str(directory), no_dist=not dist.is_initialized())
+    load(state, checkpoint_id=str(directory), process_group=group, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return state["step"]

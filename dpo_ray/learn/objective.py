@@ -6,7 +6,7 @@ Shapes: B pairs, C = 2B completions (chosen and rejected of the first pair, of t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class PairResult(NamedTuple):
     chosen_logps: torch.Tensor
     """Plain sums in nats."""
     rejected_logps: torch.Tensor
+    losses_at_reference: torch.Tensor
+    """What the losses would be if the policy had the reference's log-probabilities; 0 where not asked for."""
 
 
 def pair_losses(
@@ -67,11 +69,13 @@ def pair_losses(
     mean_chosen_tokens: float,
     pad_token_id: int,
     device: torch.device | str,
+    at_reference: bool = False,
 ) -> PairResult:
     """Run one forward over B pairs.
 
     Args:
         mean_chosen_tokens: chosen tokens of the global batch divided by its pairs.
+        at_reference: give `losses_at_reference`; some loss must need a reference.
     """
     columns = (pairs.prompt_token_ids, pairs.chosen_token_ids, pairs.rejected_token_ids)
     groups = [Group(prompt, sides) for prompt, *sides in zip(*columns, strict=True)]
@@ -84,12 +88,15 @@ def pair_losses(
     if tokens.overlaps is not None:
         aligned = completion_sums(tokens.logps.detach() - tokens.overlaps, batch.lengths) / batch.lengths
         weights = losses.wpo_weights(aligned[0::2], aligned[1::2])
-    total = losses.total_loss(
-        objective.terms, logps, beta=objective.beta, mean_chosen_tokens=mean_chosen_tokens, pair_weights=weights
-    )
+    how: Any = {"beta": objective.beta, "mean_chosen_tokens": mean_chosen_tokens, "pair_weights": weights}
+    total = losses.total_loss(objective.terms, logps, **how)
+    known = torch.zeros_like(total)
+    if at_reference:
+        there = logps._replace(chosen_logps=logps.ref_chosen_logps, rejected_logps=logps.ref_rejected_logps)
+        known = losses.total_loss(objective.terms, there, **how).detach()
     rewards = losses.implicit_rewards(logps, beta=objective.beta)
     chosen, rejected = plain.detach().unbind(1)
-    return PairResult(total, rewards.chosen, rewards.rejected, chosen, rejected)
+    return PairResult(total, rewards.chosen, rewards.rejected, chosen, rejected, known)
 
 
 def _pair_logps(

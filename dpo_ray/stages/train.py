@@ -3,26 +3,29 @@
 With LoRA, `policy/` has the adapters merged into its weights, so that every later stage and round loads a plain policy,
 and `adapter/` has them alone, as PEFT loads them.
 
-Ray Train starts the workers (train_worker.py) and keeps the checkpoints; what they compute is learn/.
+Ray Train starts the workers (train_worker.py), train_state.py keeps the checkpoints; what they compute is learn/.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow.compute as pc
 
 from dpo_ray import train_log
 from dpo_ray.config import Run
 from dpo_ray.engines.policies import policy_ref
-from dpo_ray.errors import DpoRayError, StageError
+from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
-from dpo_ray.flow.artifact import record_files
+from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.train_worker import run_worker
 
 VERSION = 1
-CHANGES_NO_RESULT = ("checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt")
-"""But by rounding."""
+CHANGES_NO_RESULT = {"resources", "checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt"}
+CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "collective_timeout_s"}
+"""Settings that can change between two attempts at one result: they change it by rounding at most."""
 
 
 def stage(config: Run, round_: int, start: str) -> Stage:
@@ -35,12 +38,12 @@ def stage(config: Run, round_: int, start: str) -> Stage:
         version=VERSION,
         config={
             "seed": config.seed,
-            **block.model_dump(mode="json", exclude={"resources", *CHANGES_NO_RESULT, "lora"}),
+            **block.model_dump(mode="json", exclude={*CHANGES_NO_RESULT, "lora"}),
             **({"lora": block.lora.model_dump(mode="json")} if block.lora else {}),
         },
         inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),
-        needs=Needs(block.resources.workers, block.resources.cpus, block.resources.gpus, "train worker"),
+        needs=Needs(block.resources.min_workers, block.resources.cpus, block.resources.gpus, "train worker"),
         resources=block.resources.model_dump(mode="json"),
     )
 
@@ -50,51 +53,59 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    pairs, resources = context.inputs["pairs"], config.train.resources
+    from dpo_ray.train_failures import StopAtOurErrors, fit, run_until_started
+
+    pairs, block, resources = context.inputs["pairs"], config.train, config.train.resources
     rows = sum(f.rows or 0 for f in pairs.tables())
+    # The name holds the fingerprint: a rerun resumes its own checkpoints, and no other round's are ever picked up.
+    state, name = f"{context.directory}/state", f"attempt-{context.fingerprint[:12]}"
+    board = ray.remote(_Board).options(num_cpus=0).remote()
     arguments = {
         "config": config,
         "round": round_,
         "policy": policy_ref(context.inputs["policy"], trust_remote_code=config.trust_remote_code),
+        "reference": check_reference(pairs) if block.needs_reference else None,
         "tables": [pairs.uri(f) for f in pairs.tables()],
         "table_hash": pairs.manifest.output_hash,
         "directory": context.directory,
+        "fingerprint": context.fingerprint,
+        "state": f"{state}/{name}",
+        "board": board,
     }
-    scaling = ray.train.ScalingConfig(
-        num_workers=resources.workers,
-        use_gpu=resources.gpus > 0,
-        resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
-    )
-    board = ray.remote(_Board).options(num_cpus=0).remote()
-    fit = ray.remote(_fit).options(num_cpus=0, max_retries=0)
-    # The name holds the fingerprint: a rerun resumes its own checkpoints, and no other round's are ever picked up.
-    run_config = ray.train.RunConfig(
-        name=f"attempt-{context.fingerprint[:12]}",
-        storage_path=f"{context.directory}/state",
-        failure_config=ray.train.FailureConfig(max_failures=2),
-        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-    )
     # What is offloaded is reduced where it lies, so that CPU tensors need a backend too.
     on_gpu = "cpu:gloo,cuda:nccl" if resources.cpu_offload else "nccl"
-    torch_config = TorchConfig(backend=on_gpu if resources.gpus else "gloo")
+    if isinstance(resources.workers, tuple):
+        context.release_engine()  # Ray counts how many workers fit from what nodes have, not from what is free
+    filesystem, path = storage.filesystem(state)
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={**arguments, "board": board},
-        scaling_config=scaling,
-        run_config=run_config,
-        torch_config=torch_config,
+        train_loop_config=arguments,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(
+                max_failures=block.max_failures, controller_failure_limit=block.max_setup_failures
+            ),
+            callbacks=[StopAtOurErrors()],
+        ),
+        torch_config=TorchConfig(backend=on_gpu if resources.gpus else "gloo", timeout_s=block.collective_timeout_s),
     )
-    done = fit.remote(trainer)
-    while not ray.wait([done], timeout=0.5)[0]:
-        latest = ray.get(board.latest.remote())
-        if latest:
-            context.progress.update(*latest)
-    try:
+
+    def attempt() -> None:
+        done = ray.remote(fit).options(num_cpus=0, max_retries=0).remote(trainer)
+        while not ray.wait([done], timeout=0.5)[0]:
+            latest = ray.get(board.latest.remote())
+            if latest:
+                context.progress.update(*latest)
         ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        raise StageError(f"train: {_message(error.cause)}") from error
-    if refusal := ray.get(board.refusal.remote()):
-        raise StageError(f"train: {refusal}")
+
+    run_until_started(attempt, max_failures=block.max_failures, max_setup_failures=block.max_setup_failures)
     metrics = [json.loads(line) for line in storage.read_bytes(f"{context.directory}/metrics.jsonl").splitlines()]
     identity = storage.read_json(f"{context.directory}/identity.json")["identity"]
     summary = {f"{when}_{k}": m[k] for when, m in (("first", metrics[0]), ("last", metrics[-1])) for k in m if k != "step"}
@@ -107,29 +118,33 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     )
 
 
-def _fit(trainer: Any) -> None:
-    """Run the trainer in a task of its own, so that the driver can show progress meanwhile."""
-    trainer.fit()
+def check_reference(pairs: Artifact) -> str:
+    """The policy that the pairs' reference log-probabilities are of, which must be the same for every pair.
 
+    Raises:
+        StageError: they are of several policies, or of another one than the stage that wrote them was given.
+    """
 
-def _message(error: Any) -> str:
-    """What a worker said on purpose, in its own words; else all that Ray Train says."""
-    failures = [getattr(failure, "_base_exc", failure) for failure in getattr(error, "worker_failures", {}).values()]
-    return next((str(failure) for failure in failures if isinstance(failure, DpoRayError)), str(error))
+    def ids(file: FileRecord) -> list[str]:
+        return pc.unique(read_table(pairs.uri(file), ["reference_id"])["reference_id"]).to_pylist()
+
+    with ThreadPoolExecutor(16) as readers:
+        found = sorted({one for own in readers.map(ids, pairs.tables()) for one in own})
+    planned = pairs.manifest.identity.get("inputs", {}).get("reference")
+    expected = [planned] if planned else found[:1]
+    if not found or found != expected:
+        raise StageError(
+            f"train: the reference log-probabilities in {pairs.directory} are of {', '.join(found) or 'no policy'}; expected "
+            f"{planned or 'one policy'} alone. Run that stage again with --redo reference"
+        )
+    return found[0]
 
 
 class _Board:
-    """Where workers put their latest progress, or why they cannot train this policy, for the driver to read."""
+    """Where workers put their latest progress, for the driver to read."""
 
     def __init__(self) -> None:
         self.value: tuple[int, int, dict[str, float]] | None = None
-        self.why: str | None = None
-
-    def refuse(self, why: str) -> None:
-        self.why = why
-
-    def refusal(self) -> str | None:
-        return self.why
 
     def put(self, done: int, total: int, metrics: dict[str, float]) -> None:
         self.value = (done, total, metrics)

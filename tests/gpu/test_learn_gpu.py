@@ -5,9 +5,11 @@ Needs neither Ray nor vLLM: `python -m pytest tests/gpu -m gpu --noconftest -s` 
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dpo_ray import train_state
 from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.requests import EngineSettings, Request
@@ -182,6 +185,43 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: P
     ids = torch.tensor([rows.prompt_token_ids[0]], device="cuda")
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
+
+
+def test_resume_on_gpu_has_the_weights_of_the_checkpoint(policy: Path, rows: PairRows, group: None, tmp_path: Path) -> None:
+    """Written while training goes on, over gloo beside nccl; prints how long the copy holds a step, first and again."""
+    owner = (str(tmp_path / "state"), "fingerprint", "policy")
+    where = train_state.Where(*owner, dist.new_group(backend="gloo"))  # type: ignore[arg-type]
+    few = PairRows(*(column and column[:32] for column in rows))
+    lengths = np.array([[len(g.prompt), *map(len, g.completions)] for g in groups_of(few)])
+    how = {"global_batch_size": 8, "world_size": 1, "max_batch_tokens": 16384, "seed": 0, "epochs": 1}
+
+    def fresh() -> tuple[Any, Any]:
+        model: Any = load_policy(str(policy), dtype=torch.float32).to("cuda")
+        choose_path(model, longest(few), pad_token_id=0)
+        model = shard(model, init_device_mesh("cuda", (1,)), compute_dtype=torch.bfloat16)
+        return model, optim.build_optimizer(model, learning_rate=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
+
+    def weights(model: Any) -> dict[str, torch.Tensor]:
+        return {name: p.full_tensor().cpu() for name, p in model.named_parameters()}
+
+    model, optimizer = fresh()
+    path = choose_path(load_policy(str(policy), dtype=torch.float32).to("cuda"), longest(few), pad_token_id=0)
+    plan = batches.Plan(lengths, share_prompt=path.share_prompt, **how)
+    log, held, after = [], [], {}
+    with train_state.saving(where, model, optimizer, every=2, num_steps=4, kept=2) as save:
+        for (metrics,) in train(model, optimizer, few, lengths, plan, path):
+            log.append(metrics)
+            started = time.perf_counter()
+            save(len(log), log)
+            held.append(time.perf_counter() - started)
+            after[len(log)] = weights(model)
+    print(f"\nsave holds a step for {held[1]:.2f} s at first, then {held[3]:.2f} s")
+    for step in (4, 2):
+        resumed, its_optimizer = fresh()
+        assert train_state.resume(where, resumed, its_optimizer) == (step, log[:step])
+        found = weights(resumed)
+        assert all(torch.equal(found[name], tensor) for name, tensor in after[step].items())
+        shutil.rmtree(tmp_path / "state" / train_state.committed(where.directory)[0][0])
 
 
 def test_hf_engine_on_gpu_samples_by_seed(policy: Path) -> None:

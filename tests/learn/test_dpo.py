@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dpo_ray.errors import ConfigError, NonFiniteLossError
+from dpo_ray.errors import ConfigError, NonFiniteLossError, StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
@@ -228,7 +228,7 @@ def test_dpo_steps_hold_back_a_step_that_is_not_finite_and_all_after_it_until_th
     else:
         backwards = iter(range(10))
         got.lm_head.weight.register_hook(lambda grad: grad * float("nan") if next(backwards) == 2 else grad)
-        message = rf"step 2: loss \d.*gradient norm nan; first pairs of this rank: {', '.join(f'pair-{i}' for i in bad)};"
+        message = rf"step 2: loss \d.*gradient norm nan; pairs of the batch: {', '.join(f'pair-{i}' for i in bad)};"
     taken = reads(got, other, pairs, plan, lambda steps: False)
     assert next(taken) == first_two[0]
     with pytest.raises(NonFiniteLossError, match=message):
@@ -247,7 +247,7 @@ def test_dpo_steps_stop_at_a_loss_that_is_not_finite(model):
     before = model.lm_head.weight.detach().clone()
     pairs = PAIRS._replace(ref_chosen_logps=[*PAIRS.ref_chosen_logps[:12], float("nan")])
     plan = training.plan(pairs, 1, 60, batch_size=13)
-    with pytest.raises(NonFiniteLossError, match=r"step 0: loss nan.*pair-12\b"):
+    with pytest.raises(NonFiniteLossError, match=r"step 0: loss nan.*for pairs pair-12:"):
         training.train(model, training.build_adamw(model), pairs, plan)
     assert torch.equal(model.lm_head.weight, before)
 
@@ -255,5 +255,42 @@ def test_dpo_steps_stop_at_a_loss_that_is_not_finite(model):
 def test_dpo_steps_stop_at_a_gradient_that_is_not_finite(model):
     model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
     pairs = tiny.take(PAIRS, [0, 1])
-    with pytest.raises(NonFiniteLossError, match=r"gradient norm (inf|nan); first pairs of this rank: pair-"):
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm (inf|nan); pairs of the batch: pair-0, pair-1; "):
         training.train(model, training.build_adamw(model), pairs, [[[[0, 1]]]])
+
+
+KNOWN = {
+    "sigmoid": ([Term("sigmoid")], math.log(2)),
+    "ipo": ([Term("ipo")], 25.0),  # (0 - 1 / (2 beta)) ** 2
+    "hinge": ([Term("hinge")], 1.0),
+    "robust": ([Term("robust", 1.0, {"label_smoothing": 0.1})], math.log(2)),
+    "sum": ([Term("sigmoid", 0.5), Term("hinge", 2.0)], 0.5 * math.log(2) + 2.0),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_dpo_steps_start_at_the_known_value_of_the_loss(model, name):
+    """Measured: within 5e-7 of it in float32, relative."""
+    terms, known = KNOWN[name]
+    pairs, plan = under(model, PAIRS), training.plan(PAIRS, 1, 60, batch_size=13)
+    how = {"objective": Objective(terms, 0.1), "start_tolerance": 1e-5}
+    (metrics,) = training.train(model, training.build_adamw(model), pairs, plan, **how)
+    assert metrics["loss"] == pytest.approx(known, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_dpo_steps_refuse_a_reference_that_is_not_the_policy_they_start_from(model, name):
+    """One nat too much on each chosen: off by beta / 2 at the loss of DPO."""
+    pairs, plan = under(model, PAIRS), training.plan(PAIRS, 1, 60, batch_size=13)
+    pairs = pairs._replace(ref_chosen_logps=[value - 1.0 for value in pairs.ref_chosen_logps])
+    how = {"objective": Objective(KNOWN[name][0], 0.1)}
+    before = model.lm_head.weight.detach().clone()
+    with pytest.raises(StageError, match=r"loss of step 0 must be .* got .*--redo reference"):
+        training.train(model, training.build_adamw(model), pairs, plan, **how, start_tolerance=1e-3)
+    assert torch.equal(model.lm_head.weight, before)
+    assert training.train(model, training.build_adamw(model), pairs, plan, **how)  # another policy as reference
+
+
+def test_dpo_steps_after_a_resume_have_no_known_loss(model):
+    plan = training.plan(PAIRS, 1, 60, batch_size=7)
+    assert len(training.train(model, training.build_adamw(model), PAIRS, plan, start_step=1, start_tolerance=1e-3)) == 1

@@ -47,6 +47,7 @@ def four_ranks(path: str, directory: str) -> dict:
         "one_node": policy_mesh("cpu", "a", copy_per_node=True).mesh.tolist(),
         "all": policy_mesh("cpu", NODES[rank]).mesh.tolist(),
         "refused": refused("aaab"[rank]),
+        "elastic": policy_mesh("cpu", "aaab"[rank], copy_per_node=True, elastic=True).mesh.tolist(),
         "local": local,
         "gradients": gradients,
         "metrics": metrics,
@@ -72,6 +73,10 @@ def test_mesh_has_a_line_for_each_node(results):
 
 def test_mesh_of_nodes_with_different_numbers_of_ranks_is_refused_on_every_rank(results):
     assert all("same number of train workers on every node, got [1, 3]" in result["refused"] for result in results)
+
+
+def test_mesh_of_nodes_with_different_numbers_of_ranks_that_come_and_go_shares_one_copy(results):
+    assert all(result["elastic"] == [0, 1, 2, 3] for result in results)
 
 
 def test_a_copy_per_node_trains_as_one_process_does(results, policies):

@@ -1,6 +1,6 @@
 """Short trainings that run the same way in one process, on a mesh of one rank and on a mesh of two."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,11 +48,18 @@ def plan(pairs: PairRows, world_size: int, max_batch_tokens: int, *, batch_size:
 
 def train(model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options):
     """Return the metrics of all steps from `start_step` on, whenever they were read."""
+    return list(take(model, optimizer, pairs, steps, start_step=start_step, **options))
+
+
+def take(
+    model, optimizer, pairs: PairRows, steps: Sequence[Step], *, start_step: int = 0, **options
+) -> Iterator[dict[str, float]]:
+    """Yield the metrics of each step from `start_step` on, after it is taken if all are read at once."""
     defaults = {"max_grad_norm": 1.0, "learning_rate_for": lambda step: 1e-3 * (step + 1)}
     defaults |= {"objective": OBJECTIVE, "lengths": tiny.pair_lengths(pairs), "pad_token_id": tiny.PAD, "device": "cpu"}
     fetch = lambda rows: tiny.take(pairs, rows)
-    reads = dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options))
-    return [metrics for read in reads for metrics in read]
+    for read in dpo_steps(model, optimizer, fetch, steps, PATH, start_step=start_step, **(defaults | options)):
+        yield from read
 
 
 class GradientRecorder(torch.optim.Optimizer):

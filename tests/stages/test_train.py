@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
+import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
+from dpo_ray import train_state
 from dpo_ray.config import RunConfig, Train
 from dpo_ray.engines.policies import PolicyRef, policy_ref
-from dpo_ray.errors import StageError
+from dpo_ray.errors import ConfigError, NonFiniteLossError, StageError
 from dpo_ray.learn.dpo import dpo_steps
 from dpo_ray.learn.logps import Path
 from dpo_ray.learn.losses import Term
@@ -45,7 +50,7 @@ def referenced(policy=None):
         for side in ("chosen", "rejected"):
             value = tiny.naive_logps(model, row["prompt_token_ids"], row[f"{side}_token_ids"]) if model else -float(i)
             row[f"ref_{side}_logps"] = value
-        row["reference_id"] = "reference"
+        row["reference_id"] = policy.identity if policy else "reference"
     return pa.Table.from_pylist(made, REFERENCED)
 
 
@@ -67,6 +72,33 @@ def test_plan_steps_pairs_of_a_step_do_not_depend_on_the_number_of_workers():
     assert pairs(1) == pairs(2) == pairs(3)
 
 
+def tables(directory, ids, planned=None):
+    """Committed pairs, one file for each list of reference ids."""
+    made = referenced().slice(0, 1).drop_columns("reference_id")
+    files = [pa.concat_tables([made] * len(own)).append_column("reference_id", pa.array(own, pa.string())) for own in ids]
+    return commit_tables(directory, files, inputs=planned and {"reference": planned})
+
+
+@pytest.mark.parametrize("planned", ["a", None])
+def test_reference_of_one_policy_is_named(tmp_path, planned):
+    assert train.check_reference(tables(tmp_path, [["a", "a"], ["a"]], planned)) == "a"
+
+
+@pytest.mark.parametrize(
+    ("ids", "planned", "said"),
+    [
+        ([["a", "b"], ["a"]], "a", "are of a, b; expected a alone"),
+        ([["a"], ["b"]], None, "are of a, b; expected one policy alone"),
+        ([["b"]], "a", "are of b; expected a alone"),
+        ([[]], None, "are of no policy; expected one policy alone"),
+    ],
+    ids=["in one file", "between files", "stale", "none"],
+)
+def test_reference_of_another_policy_or_of_several_is_refused(tmp_path, ids, planned, said):
+    with pytest.raises(StageError, match=rf"{said}. .*--redo reference"):
+        train.check_reference(tables(tmp_path, ids, planned))
+
+
 # Real fits
 
 
@@ -80,28 +112,32 @@ def fit(local_ray, tmp_path_factory, policy):
     return made
 
 
-def run(directory, policy, workers, fingerprint="f1", table=None, **fields):
+def run(directory, policy, workers, fingerprint="f1", progress=None, table=None, **options):
+    """Run the stage. `progress` is called with the pairs that are done; `options` are of the block, and cpus."""
     inputs = {
         "pairs": commit_tables(directory / "pairs", [referenced(policy) if table is None else table]),
         "policy": commit_policy(directory / "start", policy.path, policy.identity),
     }
-    config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"resources": {"workers": workers, "cpus": 1}} | fields})
-    return train.stage(config, 0, "policy").run(context(directory, inputs, fingerprint=fingerprint))
+    resources = {"workers": workers, "cpus": options.pop("cpus", 1)}
+    config = RunConfig.model_validate(minimal() | {"train": BLOCK | options | {"resources": resources}})
+    given = context(directory, inputs, fingerprint=fingerprint)
+    if progress:
+        given.progress.update = lambda done, total, counters: progress(done)
+    return train.stage(config, 0, "policy").run(given)
+
+
+def saved(directory, fingerprint="f1"):
+    """Records of the checkpoints, by name, newest first."""
+    return dict(train_state.committed(f"{directory}/state/attempt-{fingerprint}"))
 
 
 def log(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_speed(metrics):
-    """What does not depend on how fast this machine is at the moment."""
-    speed = {"step_time_s", "tokens_per_s", "mfu", "peak_memory_gib"}
-    return {name: value for name, value in metrics.items() if name not in speed}
-
-
-def alone(policy):
+def alone(policy, **options):
     """The same training in this process, without Ray and FSDP: its metrics and its model."""
-    block = Train.model_validate(BLOCK)
+    block = Train.model_validate(BLOCK | options)
     model = load_policy(policy.path, dtype=torch.float32)
     pairs = referenced(policy)
     plan = plan_steps(tiny.pair_lengths(PAIRS), block, 1, seed=0, share_prompt=True)
@@ -178,26 +214,87 @@ def test_train_learns_the_pairs(fit):
     assert metrics[-1]["rewards/margins"] > 0.1
 
 
-@pytest.mark.parametrize(("fingerprint", "resumes"), [("f1", True), ("f2", False)], ids=["same", "other"])
-def test_train_again_goes_on_from_its_own_checkpoint_and_from_no_other(fit, tmp_path, policy, fingerprint, resumes):
-    """Two workers wrote the checkpoint of step 4, one goes on; a mark in the log shows which steps were taken again.
+SPEED = {"step_time_s", "tokens_per_s", "mfu", "peak_memory_gib"}
+"""What depends on how fast this machine is at the moment."""
 
-    Rewards are differences of log-probabilities near -30: their rounding is absolute. Largest measured: 2.4e-8. The KL is
-    such a difference without beta = 0.1.
+
+def check_same(got, want):
+    """Rewards are differences of log-probabilities near -30: their rounding is absolute. Largest measured: 2.4e-8. The KL
+    is such a difference without beta = 0.1.
     """
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine["kl_ref_to_policy"] == pytest.approx(theirs["kl_ref_to_policy"], rel=1e-5, abs=1e-5)
+        names = mine.keys() - SPEED - {"kl_ref_to_policy"}
+        assert {n: mine[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-5, abs=1e-6)
+
+
+def test_train_killed_goes_on_from_its_own_checkpoint_on_another_number_of_workers(fit, tmp_path, policy):
+    """Two workers wrote the checkpoint of step 4, one goes on; what the two had logged stays to the last bit."""
     shutil.copytree(fit[2][0], tmp_path / "killed")
-    steps = log(tmp_path / "killed")
-    marked = "".join(json.dumps({**step, "mark": 1.0}) + "\n" for step in steps)
-    (tmp_path / "killed/metrics.jsonl").write_text(marked)
-    shutil.rmtree(tmp_path / "killed/policy")
-    output = run(tmp_path / "killed", policy, 1, fingerprint)
-    again = log(tmp_path / "killed")
-    assert [step.pop("mark", None) for step in again] == ([1.0] * 4 if resumes else [None] * 4) + [None] * 2
-    for got, want in zip(again, steps, strict=True):
-        assert got.keys() == want.keys()
-        assert got.pop("kl_ref_to_policy") == pytest.approx(want.pop("kl_ref_to_policy"), rel=1e-5, abs=1e-5)
-        assert without_speed(got) == pytest.approx(without_speed(want), rel=1e-5, abs=1e-6)
+    last, first = saved(tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed/state/attempt-f1" / last)
+    for gone in ("policy", "identity.json", "metrics.jsonl"):
+        path = tmp_path / "killed" / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output = run(tmp_path / "killed", policy, 1)
+    records = saved(tmp_path / "killed")
+    assert [(record.step, record.world_size) for record in records.values()] == [(6, 1), (4, 2)]
+    assert list(records)[1] == first
+    assert log(tmp_path / "killed")[:4] == log(fit[2][0])[:4]
+    check_same(log(tmp_path / "killed"), log(fit[2][0]))
     assert output.metrics["identity"] == policy_identity(tmp_path / "killed/policy")
+
+
+def test_train_never_resumes_the_checkpoint_of_another_round_or_config(fit, tmp_path, policy):
+    shutil.copytree(fit[2][0], tmp_path / "other")
+    run(tmp_path / "other", policy, 1, "f2")
+    assert [record.world_size for record in saved(tmp_path / "other", "f2").values()] == [1, 1]
+    assert saved(tmp_path / "other") == saved(fit[2][0])
+
+
+def test_train_finished_takes_no_step_and_only_exports(fit, tmp_path, policy):
+    shutil.copytree(fit[2][0], tmp_path / "finished")
+    shutil.rmtree(tmp_path / "finished/policy")
+    output = run(tmp_path / "finished", policy, 1)
+    assert saved(tmp_path / "finished") == saved(fit[2][0])
+    assert log(tmp_path / "finished") == log(fit[2][0])
+    assert output.metrics["identity"] == fit[2][1].metrics["identity"]
+
+
+LONG = {"epochs": 50, "checkpoint_steps": 10, "learning_rate": 1e-4}  # 150 steps
+
+
+def test_train_whose_worker_is_killed_recovers_on_as_many_workers_as_fit(local_ray, tmp_path, policy):
+    """SIGKILL in the middle. Of [1, 2] workers of 3 CPUs one fits on the four there are."""
+    killed = []
+
+    def kill(done):
+        if done > 150 and not killed:
+            killed.append(
+                next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+            )
+            os.kill(killed[0].pid, signal.SIGKILL)
+
+    run(tmp_path, policy, (1, 2), progress=kill, cpus=3, **LONG)
+    assert killed
+    assert [(record.step, record.world_size) for record in saved(tmp_path).values()] == [(150, 1), (140, 1)]
+    plain = alone(policy, **LONG)[0]
+    np.testing.assert_allclose([m["loss"] for m in log(tmp_path)], [m["loss"] for m in plain], rtol=1e-5)
+
+
+def test_train_that_meets_a_loss_that_is_not_finite_stops_at_once_and_names_the_pairs(local_ray, tmp_path, policy):
+    """At once: were it tried again, Ray's own error would say how often workers failed."""
+    with pytest.raises(NonFiniteLossError, match=r"^step 1: loss nan.* for pairs pair-"):
+        run(tmp_path, policy, 1, learning_rate=1e30)
+
+
+def test_train_refuses_a_reference_that_is_not_of_the_policy_it_claims(local_ray, tmp_path, policy):
+    made = referenced(policy)
+    column = made.schema.get_field_index("ref_chosen_logps")
+    made = made.set_column(column, made.schema.field(column), pc.subtract(made["ref_chosen_logps"], pa.scalar(1, pa.float32())))
+    with pytest.raises(StageError, match=r"the loss of step 0 must be 0.693147 within 0.001; got 0.645"):
+        run(tmp_path, policy, 1, table=made)
 
 
 def test_train_exported_policy_loaded_by_transformers_gives_the_trained_logits(fit, policy):
@@ -226,7 +323,7 @@ def test_train_output_names_the_policy_by_its_contents_and_lists_its_files(fit):
 
 def test_train_budget_below_the_longest_pair_names_it_before_any_step(local_ray, tmp_path, policy):
     tokens = tiny.pair_lengths(PAIRS).sum(1)
-    with pytest.raises(StageError, match=rf"max_batch_tokens=15 .* pair-{tokens.argmax()} has {tokens.max()} tokens"):
+    with pytest.raises(ConfigError, match=rf"max_batch_tokens=15 .* pair-{tokens.argmax()} has {tokens.max()} tokens"):
         run(tmp_path, policy, 1, max_batch_tokens=15)
     assert not (tmp_path / "metrics.jsonl").exists()
 
@@ -236,6 +333,6 @@ def test_train_policy_that_cannot_be_sharded_is_refused_in_one_line_at_the_first
     OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "gpt")
     tiny.build_tokenizer().save_pretrained(tmp_path / "gpt")
     policy = PolicyRef(str(tmp_path / "gpt"), policy_identity(tmp_path / "gpt"))
-    with pytest.raises(StageError, match=r"^train: OpenAIGPTLMHeadModel has no list of decoder layers .*use a policy.*$"):
+    with pytest.raises(ConfigError, match=r"^OpenAIGPTLMHeadModel has no list of decoder layers .*use a policy.*$"):
         run(tmp_path, policy, 2, table=referenced())
     assert not (tmp_path / "policy").exists()
