@@ -40,6 +40,8 @@ def four_ranks(path: str, directory: str) -> dict:
     mesh = policy_mesh("cpu", NODES[rank], copy_per_node=True)
     model = load_sharded_policy(path, mesh, compute_dtype=torch.float32, cpu_offload=True)
     local = sum(p.to_local().numel() for p in model.parameters())
+    handed = training.from_rank_0(load_sharded_policy, path, mesh, compute_dtype=torch.float32)
+    start = {name: p.full_tensor().detach() for name, p in handed.named_parameters()}
     gradients, metrics = train(model, 4)
     export_policy(model, directory, source=path, max_file_bytes=9000)
     return {
@@ -49,6 +51,7 @@ def four_ranks(path: str, directory: str) -> dict:
         "refused": refused("aaab"[rank]),
         "elastic": policy_mesh("cpu", "aaab"[rank], copy_per_node=True, elastic=True).mesh.tolist(),
         "local": local,
+        "handed": start,
         "gradients": gradients,
         "metrics": metrics,
         "weights": {name: p.full_tensor().detach() for name, p in model.named_parameters()},
@@ -91,6 +94,12 @@ def test_a_copy_per_node_trains_as_one_process_does(results, policies):
             assert training.relative_error(got, want) < 1e-5
         for got, want in zip(result["metrics"], metrics, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_rank_0_hands_out_every_copy(results, policies):
+    whole = load_policy(policies["qwen2"], dtype=torch.float32)
+    for result in results:
+        assert all(torch.equal(result["handed"][name], p) for name, p in whole.named_parameters())
 
 
 def test_four_ranks_export_has_each_weight_once_in_files_of_the_size_asked_for(results, root):

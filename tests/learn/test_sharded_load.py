@@ -87,15 +87,6 @@ def gradients_of(path: str, mesh):
     return training.gradients(model, PAIRS, plan)
 
 
-def from_rank_0(function, *args, **options):
-    """Call it as if no policy's files matched its weights one to one."""
-    why, sharded_load._why_whole = sharded_load._why_whole, lambda *_: "the test asks for it"
-    try:
-        return function(*args, **options)
-    finally:
-        sharded_load._why_whole = why
-
-
 def raised(path: str, mesh) -> str:
     with pytest.raises(ConfigError) as error:
         load_sharded_policy(path, mesh, compute_dtype=torch.float32)
@@ -108,10 +99,10 @@ def two_ranks(directories: dict[str, str]) -> dict:
     return {
         "read": {name: loaded(directories[name], mesh) for name in good},
         "checkpointed": loaded(directories["qwen2"], mesh, activation_checkpointing=True),
-        "handed": {name: from_rank_0(loaded, directories[name], mesh) for name in HANDED},
-        "handed_checkpointed": from_rank_0(loaded, directories["qwen2"], mesh, activation_checkpointing=True),
+        "handed": {name: training.from_rank_0(loaded, directories[name], mesh) for name in HANDED},
+        "handed_checkpointed": training.from_rank_0(loaded, directories["qwen2"], mesh, activation_checkpointing=True),
         "raised": {name: raised(directories[name], mesh) for name in ("incomplete", "other_shape")},
-        "handed_raised": from_rank_0(raised, directories["incomplete"], mesh),
+        "handed_raised": training.from_rank_0(raised, directories["incomplete"], mesh),
         "gradients": {name: gradients_of(directories[name], mesh) for name in ("qwen2", "two_heads", "head_only")},
     }
 
@@ -228,7 +219,7 @@ def memory(small: str, large: str) -> dict[str, int]:
     load_and_probe(small, mesh)  # what the libraries allocate once
     return {
         "read": peak_of(load_and_probe, large, mesh),
-        "handed": peak_of(from_rank_0, load_and_probe, large, mesh),
+        "handed": peak_of(training.from_rank_0, load_and_probe, large, mesh),
         "whole": peak_of(load_policy, large, dtype=torch.float32),
     }
 
