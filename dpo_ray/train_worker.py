@@ -71,10 +71,10 @@ def run_worker(arguments: dict[str, Any]) -> None:
         for metrics in steps:
             seconds, taken = time.perf_counter() - started, plan[done : done + len(metrics)]
             timed = speed.interval_metrics(taken, table.lengths, seconds, *measured, share_prompt=path.share_prompt)
+            memory = {"peak_memory_gib": speed.peak_memory_gib(device)}
             for of_step, of_interval in zip(metrics, timed, strict=True):
                 done += 1
-                lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval})
-                lines[-1]["peak_memory_gib"] = speed.peak_memory_gib(device)
+                lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval, **memory})
             log.write(lines[-len(metrics) :])
             if rank == 0:
                 board.put.remote(plan.pairs_before(done), num_pairs, {name: lines[-1][name] for name in SHOWN})

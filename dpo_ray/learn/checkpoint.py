@@ -1,8 +1,9 @@
-"""The state of training (weights, optimizer, step) as files for resume, on any number of ranks.
+"""The state of training (trained weights, optimizer, step) as files for resume, on any number of ranks.
 
 `copy_state` is all that a step waits for; `write_state` can run in a thread, over a process group of its own.
 Out: DCP files, one or more per rank (`__<rank>_<i>.distcp`) and rank 0's `.metadata`. Ranks may write to directories of
 their own; to load, all files lie in one directory.
+Frozen weights, as those under adapters, are not in it: to load, the model must have them.
 Trust: DCP unpickles its metadata, so load only what this run has written.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -26,11 +27,17 @@ def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, in
         step: steps taken, which is the index of the next one.
         into: an earlier copy that is no longer needed; its memory (page-locked for a GPU) is used again.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    copied = _copied({"model": model_state, "optimizer": optimizer_state, "step": step}, into)
+    copied = _copied({**_state(model, optimizer), "step": step}, into)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the copies were only started
     return copied
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    parameters = model.named_parameters(remove_duplicate=False)  # a tied weight is stored by both of its names
+    frozen = {name.replace("_checkpoint_wrapped_module.", "") for name, p in parameters if not p.requires_grad}
+    return {"model": {k: v for k, v in weights.items() if k not in frozen}, "optimizer": optimizer_state}
 
 
 def _copied(value: Any, into: Any) -> Any:
@@ -88,8 +95,9 @@ def load_checkpoint(
     group: dist.ProcessGroup | None = None,
 ) -> int:
     """Load into model and optimizer, however many ranks wrote the checkpoint; return the step saved with it."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": 0}
+    state = {**_state(model, optimizer), "step": 0}
     load(state, checkpoint_id=str(directory), process_group=group, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    # DCP has refused a checkpoint without one of the names that are asked for; what is not asked for is frozen.
+    options = StateDictOptions(strict=False)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
     return state["step"]

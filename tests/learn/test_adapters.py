@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.learn.adapters import Lora, adapted, add_adapters, export_adapters, start_adapters
 from dpo_ray.learn.batched import score_groups
+from dpo_ray.learn.checkpoint import load_checkpoint, save_checkpoint
 from dpo_ray.learn.export import export_policy
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.learn.policy_files import check_policy_directory
@@ -51,6 +53,24 @@ def trained(path: str, directory: Path, dtype: torch.dtype = torch.float32, lora
         return {"metrics": metrics, "logits": model(input_ids=IDS_ST).logits, "held": held}
 
 
+def resumed(path: str, directory: Path):
+    """Two steps, a checkpoint, and two more; then those again from the checkpoint, by adapters drawn otherwise."""
+    ranks, found = dist.get_world_size(), []
+    plan = training.plan(PAIRS, ranks, 60, batch_size=8, epochs=2)
+    for seed in (3, 4):
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        how = {"compute_dtype": torch.float32, "lora": LORA, "activation_checkpointing": True}
+        model = load_sharded_policy(path, mesh, seed=seed, **how)
+        optimizer = training.build_adamw(model)
+        if seed == 3:
+            training.train(model, optimizer, PAIRS, plan[:2])
+            save_checkpoint(directory, model, optimizer, 2)
+        step = load_checkpoint(directory, model, optimizer)
+        found.append((step, training.train(model, optimizer, PAIRS, plan, start_step=step)))
+    held = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return found, {name for name in held if name.startswith("model.")}
+
+
 def two_rounds(policies: dict[str, str], root: Path) -> dict:
     first = trained(policies["qwen2"], root / "first")
     bfloat16 = tiny.save_policy(root / f"bfloat16-{dist.get_rank()}", "llama", dtype=torch.bfloat16)
@@ -59,6 +79,7 @@ def two_rounds(policies: dict[str, str], root: Path) -> dict:
         "second": trained(str(root / "first/policy"), root / "second", lora=LAST, activation_checkpointing=True),
         "gpt2": trained(policies["gpt2"], root / "gpt2"),
         "bfloat16": trained(bfloat16, root / "bfloat16", torch.bfloat16),
+        "resumed": resumed(policies["qwen2"], root / "state"),
     }
 
 
@@ -90,6 +111,15 @@ def test_two_ranks_train_adapters_as_one_does(results, name):
     for result in results[2]:
         for got, expected in zip(result[name]["metrics"], want, strict=True):
             assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_adapters_resumed_take_the_same_steps_from_a_checkpoint_without_frozen_weights(results):
+    for result in (*results[1], *results[2]):
+        (first, again), names = result["resumed"]
+        assert first == again
+        assert first[0] == 2
+        assert names
+        assert all("lora_A" in name or "lora_B" in name for name in names)
 
 
 @pytest.mark.parametrize("name", ["first", "second", "gpt2"])
