@@ -81,11 +81,13 @@ def test_pair_table_lengths_are_those_of_prompt_and_completion(tmp_path):
     assert open_pairs(tmp_path, referenced(), cuts=(3,)).lengths.tolist() == tiny.pair_lengths(PAIRS).tolist()
 
 
-def test_pair_table_longest_is_the_pair_of_most_tokens(tmp_path):
-    longest = int(tiny.pair_lengths(PAIRS).sum(1).argmax())
-    group = open_pairs(tmp_path, referenced()).longest()
-    assert group.prompt == PAIRS.prompt_token_ids[longest]
-    assert group.completions == [PAIRS.chosen_token_ids[longest], PAIRS.rejected_token_ids[longest]]
+def test_pair_table_longest_is_the_pair_with_the_longest_sequence(tmp_path):
+    """Not the one of most tokens, whose sequences may all lie inside a window."""
+    made = referenced()
+    made[2] |= {"prompt_token_ids": [5] * 10, "chosen_token_ids": [6] * 30, "rejected_token_ids": [7]}
+    made[6] |= {"prompt_token_ids": [5] * 9, "chosen_token_ids": [6] * 30, "rejected_token_ids": [7] * 30}
+    group = open_pairs(tmp_path, made, cuts=(4,)).longest()
+    assert (group.prompt, group.completions) == ([5] * 10, [[6] * 30, [7]])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 0.25])
