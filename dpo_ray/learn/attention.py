@@ -2,7 +2,8 @@
 
 Registered with transformers under NAME. A model calls it in each layer with the batch's `attention` in place of a mask;
 transformers hands a 4-dimensional mask on as it is. A group is a prompt and its completions; the tokens of a group see
-the prompt and their own completion, up to themselves. Groups are computed one by one: no work is done between them.
+the prompt and their own completion, up to themselves. On CUDA one FlexAttention kernel computes the row (`flex.py`).
+Elsewhere, and where that kernel does not run, groups are computed one by one: no work is done between them.
 
 Shapes: T tokens of the row, H query heads, G key heads, N tokens of a group, D size of a head.
 """
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
+
+from dpo_ray.learn import flex
 
 NAME = "dpo_ray_shared_prompt"
 MAX_DENSE = 512
@@ -61,6 +65,8 @@ def shared_prompt_attention(
         raise NotImplementedError(f"shared-prompt attention of {type(module).__name__} with {asked}, dropout {dropout}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_rows, _, num_tokens, _ = query.shape
+    if attention_mask is not None and flex.runs(query, key, value, scale, softcap):
+        return flex.attend(query, key, value, lines(attention_mask), scale, softcap, sliding_window), None
     # Without `attention`, as in the model's own forward, each row is one causal sequence.
     own = [SharedGroup(0, 0, (num_tokens,))] if attention_mask is None else list(groups(attention_mask))
     rows = []
@@ -97,8 +103,21 @@ def _one_group(
 
 def groups(attention: torch.Tensor) -> Iterator[SharedGroup]:
     """Yield the groups of a batch's `attention`."""
-    for (start, prompt), lines in itertools.groupby(attention[0, 0].tolist(), key=lambda line: line[:2]):
-        yield SharedGroup(start, prompt, tuple(line[3] for line in lines))
+    for (start, prompt), completions in itertools.groupby(lines(attention), key=lambda line: line[:2]):
+        yield SharedGroup(start, prompt, tuple(line[3] for line in completions))
+
+
+def lines(attention: torch.Tensor) -> flex.Lines:
+    """Return a batch's `attention` as numbers of the host.
+
+    The root of an FSDP model moves every tensor it is given to its device; reading it back waits for the device, so that is
+    done once a batch, not once a layer.
+    """
+    if attention.device.type == "cpu":
+        return tuple(map(tuple, attention[0, 0].tolist()))
+    if attention not in _lines_of:
+        _lines_of[attention] = tuple(map(tuple, attention[0, 0].tolist()))
+    return _lines_of[attention]
 
 
 def _dense(
@@ -152,6 +171,7 @@ def _bias(
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")).to(device)
 
 
+_lines_of = WeakIdKeyDictionary()
 _small_bias = functools.lru_cache(maxsize=64)(_bias)  # every layer asks for the same ones
 
 

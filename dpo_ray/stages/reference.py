@@ -1,40 +1,34 @@
 """Add the reference policy's log-probabilities. Reads PREFERENCES, writes REFERENCED; drops nothing.
 
-Runs once a round, with the very function that training uses, so training holds one model instead of two.
+Runs once a round, with the very function that training uses, so training holds one model instead of two. With
+`reuse: sampler` it computes a probe alone, and takes over what the engine said when it sampled the pairs.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import ActorPoolStrategy, Dataset
 
 from dpo_ray.config import ActorResources, Run
-from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
+from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
-from dpo_ray.flow.parts import Grain, run_parts, split_into_parts
+from dpo_ray.flow.artifact import read_table, write_table
+from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn import LOGPS_VERSION
-from dpo_ray.logps_cache import Entry, cache_directory, completion_key, read_cache, write_cache
+from dpo_ray.logps_actor import COMPUTED, How, LogpsActor
+from dpo_ray.logps_cache import cache_directory
+from dpo_ray.sampler_logps import COLUMNS, SIDES, check_sampled, choose_probe, measure, objection
 from dpo_ray.schemas import REFERENCED
 
-VERSION = 1
+VERSION = 2
 GRAIN = Grain("pair_id", "pair_id", REFERENCED)
-COMPUTED = "_computed"
-
-
-class How(NamedTuple):
-    """How log-probabilities are computed."""
-
-    dtype: str
-    share_prompt: Literal["auto", "always", "never"]
-    max_batch_tokens: int
-    per_token: bool = False
-    cache: str | None = None
-    """Directory of values computed before (see logps_cache)."""
 
 
 def stage(config: Run, round_: int, reference: str) -> Stage:
@@ -46,7 +40,7 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
         asked = how(config)
         if block.cache:
             asked = asked._replace(cache=cache_directory(config.root, policy.identity, asked.dtype))
-        columns = {f"{side}_token_ids": f"ref_{side}_logps" for side in ("chosen", "rejected")}
+        columns = {f"{side}_token_ids": f"ref_{side}_logps" for side in SIDES}
 
         def add(ds: Dataset) -> Dataset:
             ds = add_logps(ds, policy, asked._replace(per_token=per_token(config)), columns, block.resources)
@@ -54,13 +48,24 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
             return ds.map_batches(name, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
 
         parts = split_into_parts(context.inputs["pairs"], block.resources.rows_per_part)
-        return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
+        if block.reuse == "none":
+            return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
+        probed = probe_sampler(config, context, policy.identity, add)
+        take = functools.partial(_take_from_sampler, identity=policy.identity)
+        reuse = lambda ds: ds.map_batches(take, **Tasks().options())
+        return replace(run_parts(reuse, parts, context, GRAIN, stage="reference", ends=Tasks()), metrics=probed)
 
     return Stage(
         name="reference",
         round=round_,
         version=VERSION,
-        config={"dtype": config.train.dtype, "logps_version": LOGPS_VERSION, "per_token": per_token(config)},
+        config={
+            "dtype": config.train.dtype,
+            "logps_version": LOGPS_VERSION,
+            "per_token": per_token(config),
+            "reuse": block.reuse,
+            **({"beta": config.train.beta} if block.reuse == "sampler" else {}),  # it scales what the probe allows
+        },
         inputs={"pairs": f"round_{round_:02d}/pair", "reference": reference},
         run=run,
         needs=needs(config),
@@ -88,7 +93,7 @@ def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str],
     Adds COMPUTED too: how many values of a row were not in the cache.
     """
     return ds.map_batches(
-        _LogpsActor,
+        LogpsActor,
         fn_constructor_args=(policy, how, columns, resources.gpus > 0, resources.cpus),
         batch_size=None,
         batch_format="pyarrow",
@@ -98,6 +103,46 @@ def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str],
     )
 
 
+def probe_sampler(config: Run, context: StageContext, reference: str, add: Callable[[Dataset], Dataset]) -> dict[str, float]:
+    """Compute the values of a few pairs with `add`, as the stage would, and compare the engine's with them.
+
+    Returns:
+        The metrics of the stage: how far off the engine is, and what the probe computed.
+
+    Raises:
+        StageError: the reference did not sample every pair, or the engine is too far off.
+    """
+    pairs, directory = context.inputs["pairs"], f"{context.directory}/probe"
+    ids: list[str] = []
+    gaps: list[np.ndarray] = []
+    for file in pairs.tables():
+        table = read_table(pairs.uri(file), ["pair_id", "sampler_id", *COLUMNS, *(f"{side}_token_ids" for side in SIDES)])
+        check_sampled(table, reference)
+        ids += table["pair_id"].to_pylist()
+        gaps.append(np.abs(np.diff(_lengths(table), axis=1))[:, 0])
+    chosen = pa.array(choose_probe(ids))
+    tables = (read_table(pairs.uri(file)) for file in pairs.tables())
+    sample = pa.concat_tables([table.filter(pc.is_in(table["pair_id"], chosen)) for table in tables])
+    write_table(directory, "pairs.parquet", sample)
+    rows = config.reference.resources.rows_per_part
+    cuts = [(at, min(at + rows, sample.num_rows)) for at in range(0, sample.num_rows, rows)]
+    parts = [Part(f"part-{i:05d}", (Slice(f"{directory}/pairs.parquet", *cut),)) for i, cut in enumerate(cuts)]
+    # Not in the stage's files: the output is what the engine said, whatever the rounding of the probe.
+    computed = run_parts(add, parts, context, GRAIN, stage="reference probe", count=count_tokens, directory=directory)
+    table = pa.concat_tables(read_table(f"{directory}/{file.path}") for file in computed.files)
+    sampler, exact = (np.stack([table[c] for c in of], axis=1) for of in (COLUMNS, [f"ref_{side}_logps" for side in SIDES]))
+    probe = measure(sampler, exact, _lengths(table), np.concatenate(gaps), config.train.beta)
+    if reason := objection(probe):
+        raise StageError(f"reference: {reason}")
+    figures = {"probe_pairs": probe.pairs, "sampler_bias": probe.bias, "sampler_error_p99": probe.error_p99}
+    return {**computed.metrics, **figures, "sampler_length_reward": probe.length_reward}
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    """(pairs, 2) tokens of chosen and rejected."""
+    return np.stack([pc.list_value_length(table[f"{side}_token_ids"]).to_numpy() for side in SIDES], axis=1)
+
+
 def count_tokens(table: pa.Table) -> dict[str, float]:
     """Of one part: tokens as the reference reads them, the prompt twice, and completions whose values were computed."""
     sizes = {c: sum(map(len, table[c].to_pylist())) for c in ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")}
@@ -105,95 +150,12 @@ def count_tokens(table: pa.Table) -> dict[str, float]:
     return {"tokens": tokens, "computed": float(sum(table[COMPUTED].to_pylist()))}
 
 
+def _take_from_sampler(table: pa.Table, identity: str) -> pa.Table:
+    for side in SIDES:
+        table = table.append_column(f"ref_{side}_logps", table[f"{side}_sampler_logps"].cast(pa.float32()))
+        table = table.append_column(f"ref_{side}_token_logps", pa.nulls(table.num_rows, pa.list_(pa.float32())))
+    return _name_reference(table, identity)
+
+
 def _name_reference(table: pa.Table, identity: str) -> pa.Table:
     return table.append_column("reference_id", pa.array([identity] * table.num_rows, pa.string()))
-
-
-class _LogpsActor:
-    """Holds one policy in a Ray Data actor. It is loaded for the first value that is not in the cache."""
-
-    def __init__(self, policy: PolicyRef, how: How, columns: dict[str, str], use_gpu: bool, cpus: float) -> None:
-        self.policy, self.how, self.columns, self.use_gpu, self.cpus = policy, how, columns, use_gpu, cpus
-        self.known = read_cache(how.cache) if how.cache else {}
-        self.scorer: _Scorer | None = None
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        prompts = table["prompt_token_ids"].to_pylist()
-        sides = {source: list(zip(prompts, table[source].to_pylist(), strict=True)) for source in self.columns}
-        keys = {source: [completion_key(*pair) for pair in pairs] for source, pairs in sides.items()}
-        wanted = {key: pair for source in sides for key, pair in zip(keys[source], sides[source], strict=True)}
-        missing = {key: pair for key, pair in wanted.items() if not self._knows(key)}
-        computed = self._compute(missing)
-        known = {key: self.known[key] for key in wanted.keys() - computed.keys()} | computed
-        if self.how.cache:
-            write_cache(self.how.cache, computed)
-            self.known |= computed
-        for source, target in self.columns.items():
-            entries = [known[key] for key in keys[source]]
-            for row, entry in zip(table.column(0).to_pylist(), entries, strict=True):
-                check_logps(source, row, entry.logps)
-            table = table.append_column(target, pa.array([e.logps for e in entries], pa.float32()))
-            tokens = [e.token_logps if self.how.per_token else None for e in entries]
-            table = table.append_column(per_token_name(target), pa.array(tokens, pa.list_(pa.float32())))
-        counts = [sum(own in missing for own in row) for row in zip(*keys.values(), strict=True)]
-        return table.append_column(COMPUTED, pa.array(counts, pa.int64()))
-
-    def _knows(self, key: bytes) -> bool:
-        return key in self.known and not (self.how.per_token and self.known[key].token_logps is None)
-
-    def _compute(self, missing: dict[bytes, tuple[list[int], list[int]]]) -> dict[bytes, Entry]:
-        """Score completions, every prompt once for all of its completions where the model allows it."""
-        from dpo_ray.learn.batched import group_tokens, score_groups
-        from dpo_ray.learn.layout import Group
-
-        by_prompt: dict[tuple[int, ...], list[bytes]] = {}
-        for key, (prompt, _) in sorted(missing.items()):
-            by_prompt.setdefault(tuple(prompt), []).append(key)
-        groups = [Group(prompt, [missing[key][1] for key in keys]) for prompt, keys in by_prompt.items()]
-        if not groups:
-            return {}
-        if self.scorer is None:
-            longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
-            self.scorer = _load_scorer(self.policy, self.how, longest, self.use_gpu, self.cpus)
-        model, path, pad = self.scorer
-        scored = score_groups(model, groups, path, max_batch_tokens=self.how.max_batch_tokens, pad_token_id=pad)
-        return {
-            key: Entry(one.logps, one.token_logps if self.how.per_token else None)
-            for keys, own in zip(by_prompt.values(), scored, strict=True)
-            for key, one in zip(keys, own, strict=True)
-        }
-
-
-class _Scorer(NamedTuple):
-    model: Any
-    path: Any
-    pad_token_id: int
-
-
-def _load_scorer(policy: PolicyRef, how: How, longest: Any, use_gpu: bool, cpus: float) -> _Scorer:
-    """Load the policy and try on its longest row how its log-probabilities can be computed."""
-    import torch
-
-    from dpo_ray.learn.matmul import float32_matmul_fast_path
-    from dpo_ray.learn.policy import load_policy
-    from dpo_ray.learn.probe import choose_path
-    from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
-
-    torch.set_num_threads(max(1, math.ceil(cpus)))
-    float32_matmul_fast_path()
-    path = local_path(policy)
-    where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
-    model: Any = load_policy(path, dtype=getattr(torch, how.dtype), **where)
-    model.to("cuda" if use_gpu else "cpu")
-    pad = pad_token_id(load_tokenizer(path, **where))
-    return _Scorer(model, choose_path(model, longest, pad_token_id=pad, share_prompt=how.share_prompt), pad)
-
-
-def per_token_name(column: str) -> str:
-    return column.replace("logps", "token_logps")
-
-
-def check_logps(column: str, row: str, value: float) -> None:
-    """Raise where a value is no log-probability."""
-    if not (math.isfinite(value) and value <= 0.0):
-        raise StageError(f"reference: {column} of {row} has the log-probability {value}; expected a finite value <= 0")

@@ -39,17 +39,17 @@ Kill = tuple[str, str, str, str]
 PROCESSES = {
     ("round_00/generate", "EngineActor"): ("start", "middle", "commit"),
     ("round_00/score", "_RewardModelActor"): ("start", "middle"),
-    ("round_00/reference", "_LogpsActor"): ("start", "middle"),
+    ("round_00/reference", "LogpsActor"): ("start", "middle"),
     ("round_00/train", "RayTrainWorker"): ("start", "middle"),
     ("round_00/evaluate", "EngineActor"): ("start", "middle"),
     ("round_00/evaluate", "_RewardModelActor"): ("start", "middle"),
-    ("round_00/evaluate", "_LogpsActor"): ("start",),
+    ("round_00/evaluate", "LogpsActor"): ("start",),
 }
 """At which points a stage has a process to lose for sure. Before its commit a stage gives back its own, which may still be
 about to end and then is killed too; the engine alone outlives a stage. The log-probabilities of evaluate's few samples
 are one part, so they have no middle."""
 PROCESSES_ON_PREFERENCES = {
-    ("round_00/reference", "_LogpsActor"): ("start", "middle"),
+    ("round_00/reference", "LogpsActor"): ("start", "middle"),
     ("round_00/train", "RayTrainWorker"): ("start", "middle"),
     ("round_00/evaluate", "_CompareActor"): ("start", "middle"),
 }
@@ -119,7 +119,7 @@ def marked(config: Path) -> Runs:
 
 def on_cluster(config: Path, cluster: Cluster) -> Runs:
     """Commands that share a cluster, which outlives them: its workers must have none of their actors left."""
-    names = ("EngineActor", "Companion", "_LogpsActor", "_CompareActor", "RayTrainWorker", "TrainController", "_Board")
+    names = ("EngineActor", "Companion", "LogpsActor", "_CompareActor", "RayTrainWorker", "TrainController", "_Board")
 
     def left() -> list[str]:
         return [title for title in cluster.processes() if any(name in title for name in names)]
