@@ -182,10 +182,11 @@ def _failure(where: Where, step: int, last: str, kept: int, errors: dict[int, tu
     what = f"train: the checkpoint of step {step} was not written to {where.directory}: {said}"
     if not any(full for full, _ in errors.values()):
         return OSError(what)
+    scratch = "" if storage.is_local(where.directory) else f" (or in {tempfile.gettempdir()} of that node, where it is made)"
     return StageError(
-        f"{what}. The checkpoints before it stay: free space and run the same command, which goes on from {last}. "
-        f"train.checkpoints_kept is {kept}, and while one is written there is one more; a larger train.checkpoint_steps "
-        "writes them less often"
+        f"{what}. The checkpoints before it stay: free space there{scratch} and run the same command, which goes on from "
+        f"{last}. train.checkpoints_kept is {kept}, and while one is written there is one more; a larger "
+        "train.checkpoint_steps writes them less often"
     )
 
 
