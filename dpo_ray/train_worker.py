@@ -21,7 +21,7 @@ from dpo_ray.flow import storage
 from dpo_ray.pair_table import PairTable, columns_of
 
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far the loss of step 0 may lie from its known value, by compute type."""
+"""How far the loss of step 0 may lie from its known value, by compute type; an engine's own values round as bfloat16 does."""
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")
 
 
@@ -64,7 +64,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         device=device,
         start_step=done,
         read_after=lambda steps: steps % block.logging_steps == 0 or steps % block.checkpoint_steps == 0,
-        start_tolerance=START_TOLERANCE[block.dtype] if arguments["reference"] == start.identity else None,
+        start_tolerance=start_tolerance(config, arguments["reference"], start.identity),
     )
     with contextlib.closing(log), train_state.saving(where, model, optimizer, **saving) as save:
         started = time.perf_counter()
@@ -121,6 +121,18 @@ def _measured(model: Any, block: Train, device: Any, world_size: int) -> tuple[A
     from dpo_ray.learn import speed
 
     return speed.token_flops(model), world_size * speed.matmul_peak(device, getattr(torch, block.dtype))
+
+
+def start_tolerance(config: Run, reference: str | None, start: str) -> float | None:
+    """How far the loss of step 0 may lie from its known value; None where it is not known.
+
+    Args:
+        reference: identity of the policy that the pairs have log-probabilities of, if any.
+        start: of the one that training starts from.
+    """
+    if reference != start:
+        return None
+    return START_TOLERANCE["bfloat16" if config.reference.reuse == "sampler" else config.train.dtype]
 
 
 def _objective(block: Train) -> Any:

@@ -28,7 +28,7 @@ from dpo_ray.learn.policy_files import policy_identity
 from dpo_ray.pair_table import columns_of
 from dpo_ray.schemas import REFERENCED
 from dpo_ray.stages import train
-from dpo_ray.train_worker import plan_steps
+from dpo_ray.train_worker import plan_steps, start_tolerance
 
 from ..artifacts import commit, commit_policy, commit_tables, context
 from ..learn import tiny
@@ -97,6 +97,22 @@ def test_reference_of_one_policy_is_named(tmp_path, planned):
 def test_reference_of_another_policy_or_of_several_is_refused(tmp_path, ids, planned, said):
     with pytest.raises(StageError, match=rf"{said}. .*--redo reference"):
         train.check_reference(tables(tmp_path, ids, planned))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reuse", "reference", "tolerance"),
+    [
+        ("float32", "none", "start", 1e-3),
+        ("float32", "sampler", "start", 5e-2),
+        ("bfloat16", "none", "start", 5e-2),
+        ("float32", "none", "initial", None),
+        ("float32", "none", None, None),
+    ],
+)
+def test_first_loss_is_known_where_the_reference_is_the_start(dtype, reuse, reference, tolerance):
+    config = RunConfig.model_validate(minimal() | {"train": BLOCK | {"dtype": dtype}})
+    config = config.model_copy(update={"reference": config.reference.model_copy(update={"reuse": reuse})})
+    assert start_tolerance(config, reference, "start") == tolerance
 
 
 # Real fits
