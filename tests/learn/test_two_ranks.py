@@ -158,7 +158,7 @@ def test_two_ranks_gradients_equal_one_process(results, policies, name, max_batc
 
 
 def test_gradients_do_not_depend_on_how_a_global_batch_is_cut(results, policies):
-    """TOLERANCE_NOTE"""
+    """In `LAYOUTS`. Largest relative error measured: 2e-7."""
     want = layout_gradients("8x1x1", policies, None)
     for got in (layout_gradients("2x4x1", policies, None), results[0]["layout"], results[1]["layout"]):
         assert len(got) == len(want) == 2

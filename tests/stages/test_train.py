@@ -337,6 +337,7 @@ def test_train_output_names_the_policy_by_its_contents_and_lists_its_files(fit):
     assert output.metrics["tokens"] == sum(m["num_tokens"] for m in log(directory))
 
 
+@pytest.mark.slow
 def test_train_budget_below_the_longest_pair_names_it_before_any_step(local_ray, tmp_path, policy):
     tokens = tiny.pair_lengths(PAIRS).sum(1)
     with pytest.raises(ConfigError, match=rf"max_batch_tokens=15 .* pair-{tokens.argmax()} has {tokens.max()} tokens"):
