@@ -156,8 +156,9 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(where, path, unint
         shard.write_bytes(data)
     else:
         (damaged / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
-    assert run(where, path) == (2, uninterrupted)
+    assert run(where, path, until=4) == (2, uninterrupted[:4])
     assert not (tmp_path / "trace").exists()
+    assert whole(where) == [4, 2], "the damaged one does not count as one of the two that are kept"
     assert not damaged.exists()
 
 
