@@ -98,12 +98,19 @@ def _as_yaml_number(text: str) -> str:
     return f"{mantissa}.0e{exponent if exponent[0] in '+-' else '+' + exponent}" if numeric else text
 
 
+SHORT_FOR = {"reference": "policy"}
+"""Blocks that a plain value is short for one field of."""
+
+
 def _set(tree: dict[str, Any], path: Sequence[str], value: Any, name: str) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--{name}: {key!r} is {tree!r} in the YAML, not a block of fields; set the block itself")
-    tree[path[-1]] = value
+    key = path[-1]
+    if key in SHORT_FOR and isinstance(value, str) and isinstance(tree.get(key), dict):
+        tree, key = tree[key], SHORT_FOR[key]  # else the block's other fields were lost
+    tree[key] = value
 
 
 def _flag(place: Sequence[str | int]) -> str:

@@ -32,6 +32,7 @@ class LogpsActor:
         self.policy, self.how, self.columns, self.use_gpu, self.cpus = policy, how, columns, use_gpu, cpus
         self.known = read_cache(how.cache) if how.cache else {}
         self.scorer: _Scorer | None = None
+        self.probed: Any = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         prompts = table["prompt_token_ids"].to_pylist()
@@ -59,8 +60,9 @@ class LogpsActor:
 
     def _compute(self, missing: dict[bytes, tuple[list[int], list[int]]]) -> dict[bytes, Entry]:
         """Score completions, every prompt once for all of its completions where the model allows it."""
-        from dpo_ray.learn.batched import group_tokens, score_groups
+        from dpo_ray.learn.batched import score_groups
         from dpo_ray.learn.layout import Group
+        from dpo_ray.learn.probe import path_for
 
         by_prompt: dict[tuple[int, ...], list[bytes]] = {}
         for key, (prompt, _) in sorted(missing.items()):
@@ -69,10 +71,11 @@ class LogpsActor:
         if not groups:
             return {}
         if self.scorer is None:
-            longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
-            self.scorer = _load_scorer(self.policy, self.how, longest, self.use_gpu, self.cpus)
-        model, path, pad = self.scorer
-        scored = score_groups(model, groups, path, max_batch_tokens=self.how.max_batch_tokens, pad_token_id=pad)
+            self.scorer = _load_scorer(self.policy, self.how, self.use_gpu, self.cpus)
+        model, pad = self.scorer
+        self.probed = path_for(model, groups, self.probed, pad_token_id=pad, share_prompt=self.how.share_prompt)
+        budget = self.how.max_batch_tokens
+        scored = score_groups(model, groups, self.probed.path, max_batch_tokens=budget, pad_token_id=pad)
         return {
             key: Entry(one.logps, one.token_logps if self.how.per_token else None)
             for keys, own in zip(by_prompt.values(), scored, strict=True)
@@ -82,17 +85,14 @@ class LogpsActor:
 
 class _Scorer(NamedTuple):
     model: Any
-    path: Any
     pad_token_id: int
 
 
-def _load_scorer(policy: PolicyRef, how: How, longest: Any, use_gpu: bool, cpus: float) -> _Scorer:
-    """Load the policy and try on its longest row how its log-probabilities can be computed."""
+def _load_scorer(policy: PolicyRef, how: How, use_gpu: bool, cpus: float) -> _Scorer:
     import torch
 
     from dpo_ray.learn.matmul import float32_matmul_fast_path
     from dpo_ray.learn.policy import load_policy
-    from dpo_ray.learn.probe import choose_path
     from dpo_ray.learn.tokens import load_tokenizer, pad_token_id
 
     torch.set_num_threads(max(1, math.ceil(cpus)))
@@ -101,8 +101,7 @@ def _load_scorer(policy: PolicyRef, how: How, longest: Any, use_gpu: bool, cpus:
     where: dict[str, Any] = {"revision": policy.revision, "trust_remote_code": policy.trust_remote_code}
     model: Any = load_policy(path, dtype=getattr(torch, how.dtype), **where)
     model.to("cuda" if use_gpu else "cpu")
-    pad = pad_token_id(load_tokenizer(path, **where))
-    return _Scorer(model, choose_path(model, longest, pad_token_id=pad, share_prompt=how.share_prompt), pad)
+    return _Scorer(model, pad_token_id(load_tokenizer(path, **where)))
 
 
 def per_token_name(column: str) -> str:

@@ -67,8 +67,8 @@ class PairTable:
         return PairRows(**{c: taken[c].to_pylist() for c in self.columns})
 
     def longest(self) -> Any:
-        """The pair with the most tokens, as learn.layout.Group."""
+        """The pair with the longest prompt and completion, as learn.layout.Group."""
         from dpo_ray.learn.layout import Group
 
-        pair = self.fetch([int(self.lengths.sum(axis=1).argmax())])
+        pair = self.fetch([int((self.lengths[:, 0] + self.lengths[:, 1:].max(axis=1)).argmax())])
         return Group(pair.prompt_token_ids[0], [pair.chosen_token_ids[0], pair.rejected_token_ids[0]])

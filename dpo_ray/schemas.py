@@ -49,7 +49,7 @@ _COMPLETION = [
     pa.field("token_ids", TOKENS),  # as sampled, with the stop token that the engine returned
     pa.field("finish_reason", pa.string()),  # stop or length
     pa.field("seed", pa.int64()),
-    pa.field("sampler_logps_sum", pa.float64()),  # nats; a diagnostic, never a reference
+    pa.field("sampler_logps_sum", pa.float64()),  # nats: the engine's own sum over token_ids, before temperature and top-p
     pa.field("policy", pa.string()),  # identity of the policy that sampled it
     pa.field("drop_reason", pa.string()),
 ]
@@ -86,6 +86,9 @@ PREFERENCES = pa.schema(
         pa.field("chosen_score", pa.float64()),
         pa.field("rejected_score", pa.float64()),
         _required("label_source", pa.string()),
+        pa.field("chosen_sampler_logps", pa.float64()),  # sampler_logps_sum of the completion
+        pa.field("rejected_sampler_logps", pa.float64()),
+        pa.field("sampler_id", pa.string()),  # identity of the policy that sampled both; null where no one policy did
     ]
 )
 REFERENCED = pa.schema(

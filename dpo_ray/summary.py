@@ -43,7 +43,7 @@ def pairs_result(m: dict[str, Any]) -> str:
             f"{m['eval_rewards/accuracies_low']:.3f} to {m['eval_rewards/accuracies_high']:.3f}, "
             f"{m['eval_pairs']} held-out pairs of {m['eval_conversations']} conversations)",
             f"margin                       {_number(margin, 3)} +- {_number(margin_se, 3)}",
-            f"held-out loss                {m['eval_loss']:.4f}  (0.6931 without a preference)",
+            f"held-out sigmoid loss        {m['eval_loss']:.4f}  (0.6931 without a preference)",
             f"KL to the reference          {_number(m['kl'], 3)} +- {_number(m['kl_se'], 3)} nats a held-out completion "
             f"({m['kl_per_token']:.2g} a token)",
             f"length                       {lengths[0]}, {lengths[1]}",

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from dpo_ray.learn import losses
-from dpo_ray.learn.batched import group_tokens, lay_out, score_groups
+from dpo_ray.learn.batched import lay_out, score_groups
 from dpo_ray.learn.layout import Group
 from dpo_ray.learn.logps import completion_logps
 from dpo_ray.learn.policy import export_policy, load_policy
-from dpo_ray.learn.probe import choose_path
+from dpo_ray.learn.probe import choose_path, sequence_tokens
 from dpo_ray.learn.tokens import load_tokenizer, pad_token_id, render_prompt, tokenize_completion, turn_end_id
 from dpo_ray.quickstart.policy import build_policy
 
@@ -48,7 +48,7 @@ def train(policy: str, pairs: Sequence[dict], terms: Sequence[losses.Term], outp
         groups.append(Group(prompt, [tokenize_completion(tokenizer, pair[side], end) for side in ("chosen", "rejected")]))
 
     # Tried on the longest group: whether this model can share a prompt between its completions, and still be exact.
-    path = choose_path(model, max(groups, key=lambda g: group_tokens(g, share_prompt=True)), pad_token_id=pad)
+    path = choose_path(model, max(groups, key=sequence_tokens), pad_token_id=pad)
 
     # The reference is the policy before the first step: its values are computed here, and no second model is kept.
     scored = score_groups(model, groups, path, max_batch_tokens=8192, pad_token_id=pad)

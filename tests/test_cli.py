@@ -62,6 +62,13 @@ def test_overrides_malformed_is_a_config_error(arguments, message):
         overrides(arguments)
 
 
+def test_load_config_short_form_of_a_block_keeps_its_other_fields(path):
+    with open(path, "a") as file:
+        file.write("reference: {policy: previous, max_batch_tokens: 99}\n")
+    reference = load_config(path, overrides(["--reference", "initial"])).reference
+    assert (reference.policy, reference.max_batch_tokens) == ("initial", 99)
+
+
 def test_load_config_overrides_go_over_the_yaml(path):
     dotted = overrides(
         [

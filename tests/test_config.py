@@ -107,6 +107,8 @@ def test_config_unknown_key_is_refused_with_its_place(path):
         ("prompts_per_round", 0),
         ("train.beta", 0),
         ("train.beta", -0.1),
+        ("train.beta", float("inf")),
+        ("train.learning_rate", float("nan")),
         ("train.learning_rate", 0),
         ("train.warmup_ratio", 1.0),
         ("train.loss", "hnge"),
@@ -299,6 +301,64 @@ def test_preference_run_of_several_rounds_needs_pairs_per_round():
 def test_config_option_that_another_disables_is_refused(fields, option):
     with pytest.raises(ValidationError, match=f"{option}.* would be ignored"):
         RunConfig.model_validate(minimal() | fields)
+
+
+@pytest.mark.parametrize("option", ["cache", "per_token"])
+def test_config_reference_option_without_a_reference_is_refused(option):
+    fields = {"train": minimal()["train"] | {"loss": "simpo"}, "reference": {option: option == "per_token"}}
+    with pytest.raises(ValidationError, match=f"{option} would be ignored"):
+        RunConfig.model_validate(minimal() | fields)
+    assert RunConfig.model_validate(minimal() | fields | {"train": minimal()["train"]}).reference.changed(option)
+
+
+# Reference values taken over from the engine
+
+
+def reusing(reference: Any = (), generate: Any = (), train: Any = (), **fields: Any) -> dict[str, Any]:
+    tree = minimal() | fields
+    tree["train"] = tree["train"] | dict(train)
+    return tree | {"reference": {"reuse": "sampler"} | dict(reference), "generate": {"sampler_logps": True} | dict(generate)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"reference": {"policy": "initial"}},
+        {"reference": {"policy": "previous"}, "rounds": 3},
+        {"generate": {"engine_args": {"logprobs_mode": "raw_logprobs", "max_num_seqs": 8}}},
+        {"generate": {"engine": "hf", "sampling": {"temperature": 0.5}}},
+        {"train": {"loss": ["simpo", "sigmoid"]}},
+    ],
+)
+def test_config_reuse_of_sampler_values_is_taken_where_the_reference_samples(fields):
+    assert RunConfig.model_validate(reusing(**fields)).reference.reuse == "sampler"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generate": {"sampler_logps": False}}, "needs generate.sampler_logps: true"),
+        ({"generate": {"engine_args": {"logprobs_mode": "processed_logprobs"}}}, "logprobs_mode 'processed_logprobs'"),
+        ({"generate": {"engine_args": {"quantization": "fp8"}}}, "quantization 'fp8'"),
+        ({"reference": {"per_token": True}}, "per_token asks for each token's"),
+        ({"train": {"ld_alpha": 0.5}}, "train.ld_alpha needs each token's"),
+        ({"train": {"loss": "simpo"}}, "reference.reuse would be ignored"),
+        ({"reference": {"policy": "/models/anchor"}}, "'/models/anchor' does not sample"),
+        ({"reference": {"policy": "org/anchor"}}, "'org/anchor' does not sample"),
+        ({"reference": {"policy": "initial"}, "rounds": 2}, "`initial` and rounds=2"),
+    ],
+)
+def test_config_reuse_of_sampler_values_is_refused_where_they_are_of_something_else(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate(reusing(**fields))
+    reference = dict(fields.get("reference", ())) | {"reuse": "none"}
+    assert RunConfig.model_validate(reusing(**fields | {"reference": reference})).reference.reuse == "none"
+
+
+def test_preference_run_refuses_sampler_values():
+    with pytest.raises(ValidationError, match="nobody sampled existing preferences"):
+        PreferenceRun.model_validate(minimal_preferences() | {"reference": {"reuse": "sampler"}})
 
 
 def test_config_revisions_of_hub_names_are_taken():

@@ -16,6 +16,7 @@ from .test_config import minimal, minimal_preferences
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "pipelines/full_round.py")
+REUSE = {"reference": {"reuse": "sampler"}, "generate": {"sampler_logps": True}}
 ORDER = ["generate", "score", "pair", "reference", "train", "evaluate"]
 
 
@@ -150,6 +151,7 @@ def test_plan_resources_and_place_change_no_stage(fields):
         ({"train": minimal()["train"] | {"beta": 0.2}}, ["train", "evaluate"]),
         ({"train": minimal()["train"] | {"learning_rate": 1e-4}}, ["train"]),
         ({"train": minimal()["train"] | {"dtype": "float32"}}, ["reference", "train", "evaluate"]),
+        (REUSE, ["generate", "reference"]),
         ({"generate": {"num_completions": 3}}, ["generate"]),
         ({"generate": {"sampling": {"temperature": 0.5}}}, ["generate", "evaluate"]),
         ({"generate": {"chat_template_kwargs": {"a": 1}}}, ["generate", "evaluate"]),
@@ -165,6 +167,12 @@ def test_plan_resources_and_place_change_no_stage(fields):
 )
 def test_plan_what_decides_a_result_changes_the_stages_that_it_decides(fields, changed):
     assert changed_stages(**fields) == changed
+
+
+def test_plan_beta_decides_what_the_probe_of_sampler_values_allows():
+    before, after = plan(**REUSE), plan(**REUSE, train=minimal()["train"] | {"beta": 0.2})
+    changed = [b.name for b, a in zip(before, after, strict=True) if b.config != a.config]
+    assert changed == ["reference", "train", "evaluate"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ URI = re.compile(r"^[a-z][a-z0-9+.-]*://")
 
 
 class Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def changed(self, *names: str) -> list[str]:
         """Those of the fields `names` that differ from their default: what an option that ignores them refuses."""

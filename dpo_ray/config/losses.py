@@ -28,7 +28,7 @@ class LossBlock(Block):
     sorts_global_batch: ClassVar[bool] = False
     """The loss is right only over the whole global batch: one worker, one micro-batch a step."""
 
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0)
     """Factor of this loss in the sum."""
 
     @model_validator(mode="before")
@@ -62,7 +62,7 @@ class DifferenceLoss(LossBlock):
 
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence that keeps the policy near the reference (arXiv:2309.16240)."""
-    f_alpha_divergence_coef: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    f_alpha_divergence_coef: float | None = Field(default=None, gt=0)
     """Alpha of alpha_divergence; 1 is reverse_kl."""
 
     @model_validator(mode="after")
@@ -84,9 +84,9 @@ class Sigmoid(DifferenceLoss):
     kind: Literal["sigmoid"] = "sigmoid"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """cDPO: share of the labels that are wrong (https://ericmitchell.ai/cdpo.pdf)."""
-    length_margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    length_margin: float = Field(default=0.0, ge=0)
     """R-DPO: margin in nats for each token that chosen is longer than rejected (arXiv:2403.19159)."""
-    score_margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    score_margin: float = Field(default=0.0, ge=0)
     """ODPO: margin in nats that is asked for, for each unit of the score gap (arXiv:2402.10571). Needs scores."""
 
 
@@ -128,7 +128,7 @@ class Discopop(DifferenceLoss):
     """DiscoPOP (arXiv:2406.08414)."""
 
     kind: Literal["discopop"] = "discopop"
-    discopop_tau: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    discopop_tau: float = Field(default=0.05, gt=0)
     """Margin over which the logistic loss passes into the exponential one."""
 
 
@@ -185,7 +185,7 @@ class Simpo(LossBlock):
 
     needs_reference = False
     kind: Literal["simpo"] = "simpo"
-    simpo_gamma: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    simpo_gamma: float = Field(default=0.5, ge=0)
     """Margin in the logit; the paper tunes gamma / beta."""
 
 

@@ -59,9 +59,36 @@ class RunBlock(Block):
         return self
 
     @model_validator(mode="after")
+    def reference_options_need_a_reference(self) -> RunBlock:
+        ignored = self.reference.changed("cache", "per_token")
+        if ignored and not self.train.needs_reference:
+            raise ValueError(
+                f"reference: {', '.join(ignored)} would be ignored: no loss of train.loss compares with a reference, so its "
+                "stage is skipped; take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def revisions_belong_to_hub_policies(self) -> RunBlock:
         if self.policy_revision and (self.policy == "quickstart" or self.policy.startswith(("/", "./", "../", "~"))):
             raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
+        return self
+
+    @model_validator(mode="after")
+    def sampler_values_serve_the_loss_of_every_round(self) -> RunBlock:
+        if self.reference.reuse == "none":
+            return self
+        if not self.train.needs_reference:
+            raise ValueError("reference.reuse would be ignored: no loss of train.loss needs a reference; take it out")
+        if self.train.ld_alpha is not None:
+            raise ValueError(
+                "reference.reuse `sampler` has one value a completion, and train.ld_alpha needs each token's; take out either"
+            )
+        if self.rounds > 1 and self.reference.policy == "initial":
+            raise ValueError(
+                f"reference.reuse `sampler` with reference `initial` and rounds={self.rounds}: from the second round on "
+                "another policy samples the pairs; take out reuse, or use `previous`"
+            )
         return self
 
     @property
@@ -79,6 +106,25 @@ class RunConfig(RunBlock):
     score: Score
     pair: Pair = Pair()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def reused_sampler_values_are_of_the_plain_distribution(self) -> RunConfig:
+        if self.reference.reuse == "none":
+            return self
+        if not self.generate.sampler_logps:
+            raise ValueError("reference.reuse `sampler` needs generate.sampler_logps: true; else there is nothing to take over")
+        mode, quantization = (self.generate.engine_args.get(name) for name in ("logprobs_mode", "quantization"))
+        if mode not in (None, "raw_logprobs"):
+            raise ValueError(
+                f"reference.reuse `sampler` needs log-probabilities before temperature and top-p, and "
+                f"generate.engine_args has logprobs_mode {mode!r}; take out either"
+            )
+        if quantization is not None:
+            raise ValueError(
+                f"reference.reuse `sampler` needs an engine with the reference's own weights, and generate.engine_args has "
+                f"quantization {quantization!r}; take out either"
+            )
+        return self
 
 
 class PreferenceRun(RunBlock):
@@ -99,6 +145,15 @@ class PreferenceRun(RunBlock):
                 "or `preferences`"
             )
         return tree
+
+    @model_validator(mode="after")
+    def no_engine_sampled_the_pairs(self) -> PreferenceRun:
+        if self.reference.reuse != "none":
+            raise ValueError(
+                f"reference.reuse {self.reference.reuse!r} needs pairs that the reference sampled, and nobody sampled existing "
+                "preferences; take it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def people_give_no_scores(self) -> PreferenceRun:

@@ -25,6 +25,7 @@ class Sampling(Block):
     max_new_tokens: int = Field(default=512, ge=1)
     """Length limit of a completion; one that reaches it has finish_reason `length` and no end token."""
     stop: tuple[str, ...] = ()
+    """Strings that end a completion. The text is cut before them; token ids, and log-probabilities, stay as sampled."""
     stop_token_ids: tuple[int, ...] = ()
     """More end tokens than the model's own."""
 
@@ -46,7 +47,7 @@ class Generate(Block):
     deterministic: bool = False
     """Run closed parts one at a time on each engine, so that the same config gives the same bytes. Slower."""
     sampler_logps: bool = False
-    """Keep the engine's own log-probability of each completion (a diagnostic; never used as reference)."""
+    """Keep the engine's own log-probability of each completion; reference.reuse can take it over."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to the engine as they are, e.g. {gpu_memory_utilization: 0.85, enforce_eager: true}."""
     max_engine_crashes: int = Field(default=2, ge=1)
@@ -146,6 +147,9 @@ class Reference(Block):
     """Commit or tag of a hub policy that is named here."""
     cache: bool = True
     """Keep every completion's value under `<root>/.logps`, for other pairs, rounds and runs with the same reference."""
+    reuse: Literal["none", "sampler"] = "none"
+    """`sampler`: where the reference sampled the pairs itself, take the engine's own values over, with no pass of the
+    model. 2 % of the pairs are computed too, and the stage refuses when the engine's bias would move the reward."""
     per_token: bool = False
     """Keep the value of each token too (`ref_chosen_token_logps`); train.ld_alpha does so by itself."""
     max_batch_tokens: int = Field(default=16384, ge=1)
@@ -157,6 +161,19 @@ class Reference(Block):
         named = self.policy not in (None, "initial", "previous") and not str(self.policy).startswith(("/", "./", "../", "~"))
         if self.revision and not named:
             raise ValueError(f"revision would be ignored: reference policy {self.policy!r} is no hub id; take it out")
+        return self
+
+    @model_validator(mode="after")
+    def sampler_values_are_sums_of_the_rounds_own_policy(self) -> Reference:
+        if self.reuse == "none":
+            return self
+        if self.per_token:
+            raise ValueError("reuse `sampler` has one value a completion, and per_token asks for each token's; take out either")
+        if self.policy not in (None, "initial", "previous"):
+            raise ValueError(
+                f"reuse `sampler` needs the reference to have sampled the pairs, and {self.policy!r} does not sample; take "
+                "out reuse, or set policy to `previous`"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ layout, padding or activation checkpointing.
 Shapes: C completions, K completion tokens of the batch, H hidden size, V vocabulary.
 """
 
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -100,7 +101,11 @@ def _own_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the logits (K, V) by the model's own forward, whatever stands behind its head."""
     rows, width = batch.input_ids_ST.shape
     columns = torch.unique(batch.kept % width)
-    logits: Any = model(**_inputs(batch), logits_to_keep=columns).logits
+    takes = inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": columns} if "logits_to_keep" in takes else {}
+    logits: Any = model(**_inputs(batch), **keep).logits
+    if logits.shape[1] != len(columns):  # a model that takes the argument and does nothing with it
+        logits = logits[:, columns]
     place = torch.searchsorted(columns, batch.kept % width)
     return logits.reshape(rows * len(columns), -1)[(batch.kept // width) * len(columns) + place]
 

@@ -23,7 +23,7 @@ from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.intake import split_group
 from dpo_ray.schemas import PREFERENCES
 
-VERSION = 1
+VERSION = 2
 SIDES = ("chosen", "rejected")
 MEASURES = ("logps", "ref_logps", "kl", "tokens")
 COMPARED = pa.schema(
@@ -170,13 +170,10 @@ class _CompareActor:
             self.models.append(model.to("cuda" if resources.gpus else "cpu"))
         self.pad = pad_token_id(load_tokenizer(local_path(policy), policy.revision, policy.trust_remote_code))
         self.train, self.max_batch_tokens = train, max_batch_tokens
-        self.paths: list[Any] = []
+        self.probed: list[Any] = [None, None]
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        from dpo_ray.learn.batched import group_tokens
-        from dpo_ray.learn.compare import compare_completions
         from dpo_ray.learn.layout import Group
-        from dpo_ray.learn.probe import choose_path
 
         openings = [
             split_group(messages, key, "conversation")
@@ -185,18 +182,20 @@ class _CompareActor:
         table = table.append_column("opening", pa.array(openings, pa.string()))
         sides = [table[f"{side}_token_ids"].to_pylist() for side in SIDES]
         groups = [Group(p, own) for p, *own in zip(table["prompt_token_ids"].to_pylist(), *sides, strict=True)]
-        if groups and not self.paths:
-            longest = max(groups, key=lambda group: group_tokens(group, share_prompt=True))
-            self.paths = [
-                choose_path(model, longest, pad_token_id=self.pad, share_prompt=self.train.share_prompt)
-                for model in self.models
-            ]
-        policy, reference = self.models
-        compared = compare_completions(
-            policy, reference, groups, self.paths, max_batch_tokens=self.max_batch_tokens, pad_token_id=self.pad
-        )
+        compared = self._compare(groups) if groups else []
         for i, side in enumerate(SIDES):
             rows = [(*pair[i], float(len(group.completions[i]))) for pair, group in zip(compared, groups, strict=True)]
             for m, measure in enumerate(MEASURES):
                 table = table.append_column(f"{side}_{measure}", pa.array([row[m] for row in rows], pa.float64()))
         return table
+
+    def _compare(self, groups: list[Any]) -> list[list[Any]]:
+        from dpo_ray.learn.compare import compare_completions
+        from dpo_ray.learn.probe import path_for
+
+        how = {"pad_token_id": self.pad, "share_prompt": self.train.share_prompt}
+        models = zip(self.models, self.probed, strict=True)
+        self.probed = [path_for(model, groups, known, **how) for model, known in models]
+        policy, reference = self.models
+        paths, budget = [probed.path for probed in self.probed], self.max_batch_tokens
+        return compare_completions(policy, reference, groups, paths, max_batch_tokens=budget, pad_token_id=self.pad)

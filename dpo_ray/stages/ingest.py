@@ -19,7 +19,7 @@ from dpo_ray.flow.parts import DROP_REASON, Grain, Part, Tasks, mark_dropped, ru
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, TOKENS
 
-VERSION = 1
+VERSION = 2
 GRAIN = Grain("pair_id", "pair_id", PREFERENCES)
 Fitted = tuple[list[int], list[int], str | None]
 """Token ids of chosen and rejected, and the drop reason."""
@@ -120,6 +120,9 @@ def _as_preferences(
         "chosen_score": pa.nulls(table.num_rows, pa.float64()),  # a human says which, not by how much
         "rejected_score": pa.nulls(table.num_rows, pa.float64()),
         "label_source": pa.array([label_source] * table.num_rows, pa.string()),
+        "chosen_sampler_logps": pa.nulls(table.num_rows, pa.float64()),  # nobody sampled them here
+        "rejected_sampler_logps": pa.nulls(table.num_rows, pa.float64()),
+        "sampler_id": pa.nulls(table.num_rows, pa.string()),
     }
     table = mark_dropped(table, [reason for _, _, reason in fitted])
     for name, column in columns.items():

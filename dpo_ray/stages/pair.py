@@ -20,7 +20,7 @@ from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, run_parts, split
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, content_id
 
-VERSION = 1
+VERSION = 2
 GRAIN = Grain("prompt_id", "pair_id", PREFERENCES)
 # Inside the stage a dropped prompt has no pair, so the pair's columns can be null; conform() checks the kept rows.
 IN_FLIGHT = pa.schema(
@@ -144,6 +144,9 @@ def _preference(row: dict[str, Any], chosen: dict[str, Any], rejected: dict[str,
         "chosen_score": chosen["score"],
         "rejected_score": rejected["score"],
         "label_source": "score",
+        "chosen_sampler_logps": chosen["sampler_logps_sum"],
+        "rejected_sampler_logps": rejected["sampler_logps_sum"],
+        "sampler_id": chosen["policy"] if chosen["policy"] == rejected["policy"] else None,
         DROP_REASON: None,
     }
 

@@ -20,12 +20,12 @@ from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.requests import EngineSettings, Request
 from dpo_ray.learn import batches, dpo, optim
-from dpo_ray.learn.batched import group_tokens, score_groups
+from dpo_ray.learn.batched import score_groups
 from dpo_ray.learn.layout import Group
 from dpo_ray.learn.losses import Term
 from dpo_ray.learn.objective import Objective, PairRows
 from dpo_ray.learn.policy import export_policy, load_policy, policy_identity, shard
-from dpo_ray.learn.probe import choose_path
+from dpo_ray.learn.probe import choose_path, sequence_tokens
 from dpo_ray.quickstart.policy import build_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -83,7 +83,7 @@ def groups_of(rows: PairRows) -> list[Group]:
 
 
 def longest(rows: PairRows) -> Group:
-    return max(groups_of(rows), key=lambda group: group_tokens(group, share_prompt=True))
+    return max(groups_of(rows), key=sequence_tokens)
 
 
 def reference(policy: Path, rows: PairRows, dtype: torch.dtype, device: str = "cuda") -> list[list[float]]:

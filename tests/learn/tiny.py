@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
@@ -93,6 +94,11 @@ def more_configs() -> dict[str, PreTrainedConfig]:
             **{k: v for k, v in small.items() if k != "initializer_range"}, init_std=0.2, ffn_dim=48,
             word_embed_proj_dim=32, max_position_embeddings=64,
         ),
+        # Windows that stand in the mask alone: every sequence of the tests is within them.
+        "llama4": Llama4TextConfig(
+            **DECODER, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=LLAMA4_CHUNK,
+            no_rope_layers=[1, 0], interleave_moe_layer_step=1,
+        ),
         # What the shared layout cannot give: ALiBi, attention sinks, a state that runs on.
         "bloom": BloomConfig(**ids, hidden_size=32, n_layer=2, n_head=4),
         "gpt_oss": GptOssConfig(**DECODER, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
@@ -104,6 +110,7 @@ def more_configs() -> dict[str, PreTrainedConfig]:
     }  # fmt: skip
 
 
+LLAMA4_CHUNK = 40
 NOT_SHARED = {"bloom", "gpt_oss", "mamba2", "qwen3_next"}
 
 

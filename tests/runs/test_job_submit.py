@@ -33,6 +33,7 @@ def arguments(root: Path, tiny_policy: Path) -> list[str]:
         *("--prompts.eval_prompts", str(EVAL)),
         *("--prompts_per_round", str(PROMPTS)),
         *("--generate.sampling.max_new_tokens", "32"),
+        *("--generate.sampler_logps", "true"),
         *("--generate.resources.rows_per_part", "16"),
         *("--evaluate.best_of", "2"),
         *("--pair.drop_length_cut", "false"),
@@ -92,6 +93,13 @@ def test_round_submitted_training_starts_at_ln_2(run: Path) -> None:
     metrics = [json.loads(line) for line in (run / "round_00/train/metrics.jsonl").read_text().splitlines()]
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_round_submitted_engine_and_reference_agree_on_every_pair(run: Path) -> None:
+    for row in table(run, "round_00/reference"):
+        assert row["sampler_id"] == row["reference_id"]
+        for side in ("chosen", "rejected"):
+            assert row[f"{side}_sampler_logps"] == pytest.approx(row[f"ref_{side}_logps"], abs=1e-3)
 
 
 def test_round_submitted_evaluation_compares_held_out_prompts(run: Path) -> None:

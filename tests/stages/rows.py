@@ -1,5 +1,6 @@
 """Rows of the tables between stages, with what a test does not care about filled in."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ def scored_row(text: str, completions: list[dict[str, Any]], **fields: Any) -> d
     return prompt_row(text, round=0, prompt_token_ids=[1, 2], completions=completions) | fields
 
 
-def pair_row(key: str, prompt: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+def pair_row(key: str, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], **fields: Any) -> dict[str, Any]:
     return {
         "pair_id": key,
         "prompt_id": f"prompt of {key}",
@@ -44,7 +45,10 @@ def pair_row(key: str, prompt: list[int], chosen: list[int], rejected: list[int]
         "chosen_score": 1.0,
         "rejected_score": 0.0,
         "label_source": "score",
-    }
+        "chosen_sampler_logps": None,
+        "rejected_sampler_logps": None,
+        "sampler_id": None,
+    } | fields
 
 
 def prompts(rows: list[dict[str, Any]]) -> pa.Table:

@@ -97,6 +97,8 @@ def test_ingest_token_ids_are_the_template_up_to_the_answer_and_the_answer_with_
             assert ids.count(tiny.EOS) == 1
             assert tokenizer.decode(ids[:-1]) == given[side] == row[side]
             assert row[f"{side}_score"] is None
+            assert row[f"{side}_sampler_logps"] is None
+        assert row["sampler_id"] is None
     assert wanted == {}
 
 

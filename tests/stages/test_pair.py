@@ -101,10 +101,21 @@ def test_pair_prompt_row_carries_tokens_scores_and_an_id_of_its_two_completions(
     assert (got["prompt_token_ids"], got["round"]) == ([1, 2], 0)
 
 
+def test_pair_prompt_row_carries_what_the_engine_said_of_each_side():
+    completions = [c("a", 1.0, sampler_logps_sum=-1.5), c("b", 2.0, sampler_logps_sum=-2.5)]
+    (got,) = pair_prompt(row(*completions), Pair(), seed=0)
+    assert (got["chosen_sampler_logps"], got["rejected_sampler_logps"], got["sampler_id"]) == (-2.5, -1.5, "policy")
+    completions[0]["policy"] = "another"
+    assert [p["sampler_id"] for p in pair_prompt(row(*completions), Pair(), seed=0)] == [None]
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_pair_stage_prompts_in_are_those_paired_and_those_dropped(tmp_path):
     table = rows.scored(
-        [rows.scored_row(f"good {i}", [c(f"{i}a", 1.0), c(f"{i}b", 2.0), c(f"{i}c", 3.0)]) for i in range(3)]
+        [
+            rows.scored_row(f"good {i}", [c(f"{i}{k}", float(s), sampler_logps_sum=-s) for s, k in enumerate("abc", 1)])
+            for i in range(3)
+        ]
         + [rows.scored_row("tie", [c("x", 1.0), c("y", 1.0)]), rows.scored_row("cut", [c("z", 1.0, finish_reason="length")])]
     )
     config = RunConfig.model_validate(minimal() | {"pair": {"method": "all_above_gap", "resources": {"rows_per_part": 2}}})
@@ -116,6 +127,10 @@ def test_pair_stage_prompts_in_are_those_paired_and_those_dropped(tmp_path):
     assert len({p["prompt_id"] for p in got}) == 3
     assert len({p["pair_id"] for p in got}) == 9
     assert all(p["chosen_score"] > p["rejected_score"] for p in got)
+    assert all(
+        (p["chosen_sampler_logps"], p["rejected_sampler_logps"]) == (-p["chosen_score"], -p["rejected_score"]) for p in got
+    )
+    assert {p["sampler_id"] for p in got} == {"policy"}
     assert {q["prompt"][0]["content"]: q["drop_reason"] for q in quarantined(tmp_path / "out", output)} == {
         "tie": "tie",
         "cut": "cut_by_length",

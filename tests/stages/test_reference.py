@@ -3,8 +3,11 @@ import pyarrow as pa
 import pytest
 
 from dpo_ray.config import RunConfig
+from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
+from dpo_ray.engines.requests import EngineSettings, Request
 from dpo_ray.errors import StageError
+from dpo_ray.sampler_logps import SIDES, choose_probe
 from dpo_ray.stages import reference
 
 from ..artifacts import commit_policy, commit_tables, context, kept
@@ -21,11 +24,11 @@ def make_pairs():
     return [rows.pair_row(*row) for row in columns]
 
 
-def run(tmp_path, policy, pairs, rows_per_part=5, max_batch_tokens=40, root=None, train=(), **block):
+def run(tmp_path, policy, pairs, rows_per_part=5, max_batch_tokens=40, root=None, train=(), generate=(), **block):
     resources = {"rows_per_part": rows_per_part, "cpus": 1, "actors": block.pop("actors", 1)}
     train = minimal()["train"] | {"dtype": "float32"} | dict(train)
     block |= {"max_batch_tokens": max_batch_tokens, "resources": resources}
-    tree = minimal() | {"root": str(root or tmp_path / "root"), "train": train, "reference": block}
+    tree = minimal() | {"root": str(root or tmp_path / "root"), "train": train, "generate": dict(generate), "reference": block}
     config = RunConfig.model_validate(tree)
     inputs = {
         "pairs": commit_tables(tmp_path / "pairs", [rows.preferences(pairs)]),
@@ -140,3 +143,82 @@ def test_count_tokens_reads_the_prompt_twice():
     table = rows.preferences([rows.pair_row("a", [1, 2, 3], [4], [5, 6]), rows.pair_row("b", [1], [4], [5])])
     table = table.append_column(reference.COMPUTED, pa.array([2, 1]))
     assert reference.count_tokens(table) == {"tokens": (6 + 3) + (2 + 2), "computed": 3}
+
+
+# Values taken over from the engine
+
+
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.2, "max_new_tokens": 9}
+SAMPLING |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop": (), "stop_token_ids": (11,), "logps": True}
+
+
+@pytest.fixture(scope="module")
+def sampled(policy, one_thread):
+    """Pairs that the fallback engine sampled, not at temperature 1, with what it said of them."""
+    settings = EngineSettings("hf", "float32", 40, {}, 1, 0.0, 1.0, 1, closed=False)
+    requests = [Request([1, 10 + i, 20 + i, 30 + i], seed=1000 * i, n=2) for i in range(40)]
+    answers = HfEngine(settings, policy).generate(requests, SAMPLING)
+    return [
+        rows.pair_row(
+            f"pair-{i}",
+            request.prompt_token_ids,
+            *(sample.token_ids for sample in pair),
+            **{f"{side}_sampler_logps": sample.logps_sum for side, sample in zip(SIDES, pair, strict=True)},
+            sampler_id=policy.identity,
+        )
+        for i, (request, pair) in enumerate(zip(requests, answers, strict=True))
+    ]
+
+
+def reuse(tmp_path, policy, pairs, **block):
+    return run(tmp_path, policy, pairs, generate={"sampler_logps": True}, reuse="sampler", **block)
+
+
+def test_reference_reuse_takes_over_what_the_engine_said(tmp_path, policy, sampled):
+    probed = set(choose_probe([p["pair_id"] for p in sampled]))
+    assert len(probed) == 32
+    last = max(i for i, p in enumerate(sampled) if p["pair_id"] not in probed)
+    pairs = [p | {"chosen_sampler_logps": -123.0} if i == last else p for i, p in enumerate(sampled)]
+    output, got = reuse(tmp_path / "a", policy, pairs)
+    _, computed = run(tmp_path / "b", policy, sampled)
+    assert [r["pair_id"] for r in got] == [p["pair_id"] for p in pairs]
+    assert got[last]["ref_chosen_logps"] == -123.0, "only probed pairs are computed"
+    for row, exact in zip(got, computed, strict=True):
+        for side in ("chosen", "rejected"):
+            assert row[f"ref_{side}_logps"] == np.float32(row[f"{side}_sampler_logps"])
+            if row is not got[last]:
+                assert row[f"ref_{side}_logps"] == pytest.approx(exact[f"ref_{side}_logps"], abs=1e-4)
+            assert row[f"ref_{side}_token_logps"] is None
+    assert {r["reference_id"] for r in got} == {policy.identity}
+    assert output.rows_in == output.rows_out == len(pairs)
+    assert output.metrics["probe_pairs"] == 32
+    assert output.metrics["computed"] == 64
+    assert abs(output.metrics["sampler_bias"]) < 1e-5
+    assert max(output.metrics["sampler_error_p99"], output.metrics["sampler_length_reward"]) < 1e-5
+    assert {f.path.split("/")[0] for f in output.files} == {f.path for f in output.files}, "the probe is not of the output"
+
+
+def test_reference_reuse_of_few_pairs_probes_all_and_caches_what_it_computed(tmp_path, policy, sampled):
+    output, _ = reuse(tmp_path / "a", policy, sampled[:5], root=tmp_path)
+    assert (output.metrics["probe_pairs"], output.metrics["computed"]) == (5, 10)
+    again, got = run(tmp_path / "b", policy, sampled, root=tmp_path)
+    assert again.metrics["computed"] == 2 * len(sampled) - 10
+    assert len(got) == len(sampled)
+
+
+def test_reference_reuse_of_a_biased_engine_is_refused_with_its_figures(tmp_path, policy, sampled):
+    """Shorter completions of a pair are rejected ones here, so an error in every token would reward length."""
+    pairs = [
+        p | {f"{side}_sampler_logps": p[f"{side}_sampler_logps"] - 0.1 * len(p[f"{side}_token_ids"]) for side in SIDES}
+        for p in sampled
+    ]
+    with pytest.raises(StageError, match=r"by a probe of 32 pairs: biased by -0\.1 nats a token.*--reference.reuse none"):
+        reuse(tmp_path / "a", policy, pairs)
+    output, _ = run(tmp_path / "a", policy, pairs)  # the way out, on the same directory
+    assert output.rows_out == len(pairs)
+
+
+def test_reference_reuse_of_pairs_that_another_policy_sampled_is_refused(tmp_path, policy, sampled):
+    pairs = [p | {"sampler_id": "another"} if i == 20 else p for i, p in enumerate(sampled)]
+    with pytest.raises(StageError, match="pair-20 was sampled by another, expected the reference"):
+        reuse(tmp_path, policy, pairs)
