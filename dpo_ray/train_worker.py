@@ -171,7 +171,7 @@ def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: in
         seed=seed,
         **where,
     )
-    chosen = probe.choose_path(model, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt, compute_dtype=dtype)
+    chosen = probe.choose_path(model, longest, pad_token_id=pad_token_id, share_prompt=block.share_prompt)
     optimizer = optim.build_optimizer(
         model, learning_rate=block.learning_rate, weight_decay=block.weight_decay, betas=block.adam_betas
     )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dpo_ray.errors import ConfigError
 from dpo_ray.learn import attention
+from dpo_ray.learn.compute_dtype import compute_dtype_of, sharded_in_float32
 from dpo_ray.learn.layout import Batch, Group, separate, share
 from dpo_ray.learn.logps import Path, token_logps
 from dpo_ray.learn.meshes import device_of
@@ -67,14 +68,7 @@ def sequence_tokens(group: Group) -> int:
 
 
 @torch.no_grad()
-def choose_path(
-    model: PreTrainedModel,
-    group: Group,
-    *,
-    pad_token_id: int,
-    share_prompt: SharePrompt = "auto",
-    compute_dtype: torch.dtype | None = None,
-) -> Path:
+def choose_path(model: PreTrainedModel, group: Group, *, pad_token_id: int, share_prompt: SharePrompt = "auto") -> Path:
     """Compare the fast ways with the model's own forward of one sequence, and return the fastest that is exact.
 
     Sharing is not exact, for example, with linear attention, whose state runs on from one completion into the next, or
@@ -82,23 +76,20 @@ def choose_path(
     where rounding cannot hide a difference, if its memory allows. A sharded model is tried by all its ranks together, on
     the same group, and they choose alike.
 
-    Args:
-        compute_dtype: of a sharded model; None for that of its weights.
-
     Raises:
         ConfigError: `share_prompt` is `always`, and the shared layout gives other values; or a completion's value depends
             on the batch around it in any layout.
     """
     _set_own_attention(model)
-    if model.dtype not in (torch.bfloat16, torch.float16):
-        return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
+    if compute_dtype_of(model) not in (torch.bfloat16, torch.float16):
+        return _choose(model, group, pad_token_id, share_prompt)
     try:
-        with _in_float32(model):
-            return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
+        with sharded_in_float32(model) if isinstance(model, FSDPModule) else _in_float32(model):
+            return _choose(model, group, pad_token_id, share_prompt)
     except RuntimeError as error:  # out of memory, or a layer that wants its own dtype
         reason = str(error).splitlines()[0][:200]
-        logger.warning("%s: tried in %s, not in float32: %s", type(model).__name__, model.dtype, reason)
-    return _choose(model, group, pad_token_id, share_prompt, TOLERANCE[compute_dtype or model.dtype])
+        logger.warning("%s: tried in %s, not in float32: %s", type(model).__name__, compute_dtype_of(model), reason)
+    return _choose(model, group, pad_token_id, share_prompt)
 
 
 def trial_groups(group: Group) -> list[Group]:
@@ -112,7 +103,7 @@ def trial_groups(group: Group) -> list[Group]:
     return [neighbour, Group(group.prompt, longest), neighbour]
 
 
-def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_prompt: SharePrompt, allowed: float) -> Path:
+def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_prompt: SharePrompt) -> Path:
     parameter = next(model.parameters())
     device = device_of(parameter.device_mesh) if isinstance(parameter, DTensor) else parameter.device
     groups = trial_groups(group)
@@ -125,8 +116,8 @@ def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_promp
             for c in g.completions
         ]
     )
-    path = tiled if _same(_error(model, rows, tiled, exact), allowed) else own
-    if path is own and not _same(together := _error(model, rows, own, exact), allowed):
+    path = tiled if _same(_error(model, rows, tiled, exact), model) else own
+    if path is own and not _same(together := _error(model, rows, own, exact), model):
         raise ConfigError(_depends_on_batch(model, sequence_tokens(group), together))
     if share_prompt == "never":
         return path
@@ -136,14 +127,15 @@ def _choose(model: PreTrainedModel, group: Group, pad_token_id: int, share_promp
         shared = _error(model, packed, path._replace(share_prompt=True), exact)
     except (ValueError, KeyError) as error:  # a model that lets nobody choose its attention
         shared = str(error)
-    if _same(shared, allowed):
+    if _same(shared, model):
         logger.info("%s: prompts are shared (%s), head tiled: %s", type(model).__name__, _text(shared), path.tiled_head)
         return path._replace(share_prompt=True)
     model.set_attn_implementation(before)
     if share_prompt == "always":
         raise ConfigError(
             f"share_prompt=always, but {type(model).__name__} gives other log-probabilities for a shared prompt: "
-            f"{_text(shared)}, allowed {allowed:g}; use `auto`, which gives each completion a row of its own"
+            f"{_text(shared)}, allowed {TOLERANCE[compute_dtype_of(model)]:g}; use `auto`, which gives each completion a row "
+            "of its own"
         )
     logger.warning(
         "%s: each completion gets a row of its own, since a shared prompt gave %s", type(model).__name__, _text(shared)
@@ -189,8 +181,8 @@ def _error(model: PreTrainedModel, batch: Batch, path: Path, exact: torch.Tensor
     return error
 
 
-def _same(error: float | str, allowed: float) -> bool:
-    return not isinstance(error, str) and error <= allowed  # NaN is not
+def _same(error: float | str, model: PreTrainedModel) -> bool:
+    return not isinstance(error, str) and error <= TOLERANCE[compute_dtype_of(model)]  # NaN is not
 
 
 def _text(error: float | str) -> str:

@@ -68,7 +68,7 @@ def rows_for(policy: str) -> PairRows:
 def train(policy: str, mesh: DeviceMesh, rows: PairRows, **options):
     model = load_sharded_policy(policy, mesh, compute_dtype=torch.bfloat16, **options)
     group = Group(rows.prompt_token_ids[0], [rows.chosen_token_ids[0], rows.rejected_token_ids[0]])
-    path = choose_path(model, group, pad_token_id=0, compute_dtype=torch.bfloat16)
+    path = choose_path(model, group, pad_token_id=0)
     columns = (rows.prompt_token_ids, rows.chosen_token_ids, rows.rejected_token_ids)
     lengths = np.array([[len(ids) for ids in row] for row in zip(*columns, strict=True)])
     how = {"global_batch_size": 16, "max_batch_tokens": 4096, "seed": 0, "share_prompt": path.share_prompt}

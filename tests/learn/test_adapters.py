@@ -43,7 +43,7 @@ def trained(path: str, directory: Path, dtype: torch.dtype = torch.float32, lora
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     model = load_sharded_policy(path, mesh, compute_dtype=dtype, lora=lora, seed=3, **options)
     held = {p.dtype for p in model.parameters() if not p.requires_grad}
-    choose_path(model, tiny.pair_groups(PAIRS)[0], pad_token_id=tiny.PAD, compute_dtype=dtype)
+    choose_path(model, tiny.pair_groups(PAIRS)[0], pad_token_id=tiny.PAD)
     plan = training.plan(PAIRS, dist.get_world_size(), 60, batch_size=8, epochs=2)
     pairs = referenced(path, dtype)
     metrics = training.train(model, training.build_adamw(model), pairs, plan, learning_rate_for=lambda step: 1e-2)
