@@ -111,7 +111,9 @@ def test_plan_steps_pairs_of_a_step_do_not_depend_on_the_number_of_workers(table
 def tables(directory, ids, planned=None):
     """Committed pairs, one file for each list of reference ids."""
     made = referenced().slice(0, 1).drop_columns("reference_id")
-    files = [made.take([0] * len(own)).append_column("reference_id", pa.array(own, pa.string())) for own in ids]
+    files = [
+        made.take(pa.array([0] * len(own), pa.int64())).append_column("reference_id", pa.array(own, pa.string())) for own in ids
+    ]
     return commit_tables(directory, files, inputs=planned and {"reference": planned})
 
 
