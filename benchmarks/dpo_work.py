@@ -82,9 +82,7 @@ def pairs_file(root: Path, profile: str, vocabulary: int, count: int) -> Path:
     file = root / f"{profile}-{'real' if real else 'drawn'}-v{vocabulary}-{count}.json"
     if not file.exists():
         pairs = _hh(source, vocabulary) if real else _drawn(PROFILES[profile], vocabulary, count)
-        order = np.random.default_rng(0).permutation(len(pairs))
-        chosen = [pairs[i] for i in np.resize(order, count)]
-        file.write_text(json.dumps(chosen))
+        file.write_text(json.dumps([pairs[i % len(pairs)] for i in range(count)]))
     return file
 
 
@@ -108,17 +106,19 @@ def memory_pairs(vocabulary: int) -> list[Pair]:
 def _drawn(ratio: float, vocabulary: int, count: int) -> list[Pair]:
     """Lognormal lengths with a mean of 300 tokens of prompt and completion, their quotient `ratio`."""
     rng = np.random.default_rng(1)
+    prompt = 300 * ratio / (1 + ratio)
     sigma = 0.5
-    prompt_mean = 300 * ratio / (1 + ratio)
-    means = np.array([prompt_mean, 300 - prompt_mean, 300 - prompt_mean])
-    lengths = np.exp(np.log(means) - sigma**2 / 2 + sigma * rng.standard_normal((count, 3))).astype(int)
-    lengths = np.clip(lengths, 4, MAX_LENGTH // 2)
+    mu = np.log([prompt, 300 - prompt, 300 - prompt]) - sigma**2 / 2
     ids = lambda n: rng.integers(len(SPECIAL), vocabulary, n).tolist()
-    return [Pair(ids(p), [*ids(c - 1), EOS], [*ids(r - 1), EOS]) for p, c, r in lengths]
+    pairs = []
+    for _ in range(count):
+        p, c, r = np.exp(rng.normal(mu, sigma)).astype(int).clip(4, MAX_LENGTH // 2)
+        pairs.append(Pair(ids(p), [*ids(c - 1), EOS], [*ids(r - 1), EOS]))
+    return pairs
 
 
 def _hh(source: Path, vocabulary: int) -> list[Pair]:
-    """HH-RLHF's comparisons of at most `MAX_LENGTH` tokens, with a BPE of up to `vocabulary` tokens trained on them."""
+    """HH-RLHF's comparisons of at most `MAX_LENGTH` tokens, shuffled; a BPE of up to `vocabulary` tokens is trained on them."""
     from dpo_ray.ingest import Comparison
     from dpo_ray.ingest.hh_rlhf import comparison
 
@@ -136,7 +136,7 @@ def _hh(source: Path, vocabulary: int) -> list[Pair]:
         pair = Pair([*prompt, ASSISTANT], [*encode(row.chosen), EOS], [*encode(row.rejected), EOS])
         if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= MAX_LENGTH:
             pairs.append(pair)
-    return pairs
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
 def _bpe(texts: list[str], vocabulary: int) -> Any:

@@ -14,7 +14,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 TILE_BYTES = 32 * 2**20
-"""Float32 logits of one tile; fresh tensors above this size cost page faults on a CPU."""
+"""Float32 logits of one tile at most."""
+TILE_ROWS = 256
+"""Positions of one tile at most: enough for matrix products, and small vocabularies stay in a CPU's cache."""
 KEEP_BYTES = 128 * 2**20
 """Float32 logits of a batch up to which they are kept for the backward instead of being computed again."""
 
@@ -65,7 +67,7 @@ def tile_overlaps(logits_KV: torch.Tensor) -> torch.Tensor:
 
 def tile_rows(num_tokens: int) -> int:
     """Positions of one tile for a vocabulary of `num_tokens`."""
-    return max(16, TILE_BYTES // (4 * num_tokens))
+    return min(TILE_ROWS, max(16, TILE_BYTES // (4 * num_tokens)))
 
 
 def tile_logits(hidden_KH: torch.Tensor, head: Head) -> torch.Tensor:
@@ -79,6 +81,24 @@ def tile_logits(hidden_KH: torch.Tensor, head: Head) -> torch.Tensor:
 
 def _precision(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Buffer:
+    """Memory of one tile, used again for each: a fresh tensor of this size costs a CPU more in page faults than its sums."""
+
+    def __init__(self, hidden_KH: torch.Tensor, head: Head, rows: int) -> None:
+        self.head, shape = head, (min(rows, len(hidden_KH)), len(head.weight))
+        self.memory = torch.empty(shape, dtype=_precision(hidden_KH), device=hidden_KH.device)
+
+    def logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
+        """`tile_logits`, in this memory where they are a plain product."""
+        own = self.head
+        if own.bias is not None or own.scale != 1.0 or own.softcap is not None or hidden_KH.dtype != self.memory.dtype:
+            return tile_logits(hidden_KH, own)
+        return torch.mm(hidden_KH, own.weight.T, out=self.memory[: len(hidden_KH)])
+
+    def like(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.memory[: len(logits)]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -98,13 +118,15 @@ class _TokenLogps(torch.autograd.Function):
         rows = tile_rows(len(weight_VH))
         needs_grad = any(ctx.needs_input_grad[:3])
         keep = needs_grad and hidden_KH.shape[0] * weight_VH.shape[0] * 4 <= KEEP_BYTES
+        buffer = _Buffer(hidden_KH, head, rows)
         logps, kept = [], []
         for hidden, target in zip(hidden_KH.split(rows), targets.split(rows), strict=True):
-            logits = tile_logits(hidden, head)
-            # Not logsumexp: on CPUs torch's is several times slower than the kernel behind cross_entropy.
-            logps.append(-functional.cross_entropy(logits, target, reduction="none"))
+            logits = tile_logits(hidden, head) if keep else buffer.logits(hidden)
             if keep:
                 kept.append(logits)
+            # Not logsumexp: on CPUs torch's is several times slower than log_softmax.
+            all_logps = torch.log_softmax(logits, -1, out=buffer.like(logits))
+            logps.append(all_logps.gather(1, target[:, None])[:, 0])
         ctx.save_for_backward(hidden_KH, weight_VH, bias_V, targets, *kept)
         ctx.scale, ctx.softcap, ctx.rows = scale, softcap, rows
         return torch.cat(logps) if logps else hidden_KH.new_zeros(0, dtype=_precision(hidden_KH))
@@ -119,11 +141,13 @@ class _TokenLogps(torch.autograd.Function):
         precision = _precision(hidden_KH)
         grad_weight = torch.zeros_like(weight_VH, dtype=precision) if wants_weight else None
         grad_bias = torch.zeros(len(weight_VH), dtype=precision, device=hidden_KH.device) if wants_bias else None
+        buffer = _Buffer(hidden_KH, head, ctx.rows)
         for i, at in enumerate(range(0, len(targets), ctx.rows)):
             tile = slice(at, at + ctx.rows)
             hidden, target, grad = hidden_KH[tile], targets[tile], grads[0][tile]
-            logits = kept[i] if kept else tile_logits(hidden, head)
-            grad_logits = logits.softmax(-1)
+            logits = kept[i] if kept else buffer.logits(hidden)
+            # In place where nobody reads the logits again.
+            grad_logits = torch.softmax(logits, -1, out=None if head.softcap is not None else buffer.like(logits))
             grad_logits.scatter_add_(1, target[:, None], grad_logits.new_full((len(target), 1), -1.0))
             grad_logits.mul_(-grad[:, None] * head.scale)
             if head.softcap is not None:

@@ -90,7 +90,7 @@ def test_block_mask_has_whole_blocks_and_skips_what_nobody_sees():
     ("heads", "softcap", "window"), [((4, 4), None, None), ((6, 2), None, 30), ((4, 2), 2.0, None), ((4, 2), 2.0, 30)]
 )
 def test_flex_attention_is_the_grouped_attention(monkeypatch, on_cpu, heads, softcap, window):
-    """Output and gradients in float32; heads of 24 and 16 numbers; 600 to 700 tokens."""
+    """Output and gradients in float32; heads of 24 and 16 numbers; 493 tokens."""
     batch = share(random_groups(5, 5, 90))
     tokens = batch.input_ids_ST.shape[1]
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_flex_attention_is_the_grouped_attention(monkeypatch, on_cpu, heads, sof
 
 
 def test_flex_attention_is_compiled_once_for_all_lengths_and_windows(on_cpu):
-    """Once without gradients and once for inference mode, whose tensors are of another kind; 20 to 900 tokens."""
+    """Once without gradients and once for inference mode, whose tensors are of another kind; 32 to 1,737 tokens."""
     before = counters["stats"]["unique_graphs"]
     for inference in (False, True):
         for seed, longest, window in [(1, 100, None), (2, 5, None), (3, 90, 50), (4, 200, 50)]:
