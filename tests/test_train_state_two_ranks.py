@@ -48,13 +48,14 @@ def run(root: Path, name: str, path: str, *, until: int = NUM_STEPS):
 
 
 def with_one_full_disk(root: Path, path: str) -> str:
-    """Files of rank 1 alone cannot grow; the message of this rank."""
+    """Files of rank 1 alone cannot grow; the message of this rank. The last step is the one that is saved: before it, the
+    rank that hears of the failure first would leave the other in the next step, which Ray Train then ends."""
     run(root, "full", path, until=3)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
-        run(root, "full", path)
+        run(root, "full", path, until=4)
     except StageError as error:
         return str(error)
     finally:

@@ -1,5 +1,6 @@
 """A node joins while one elastic worker trains: two go on from its checkpoint, with the same batches and learning rates."""
 
+import json
 import os
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def test_elastic_training_goes_on_with_a_node_that_joins(small_cluster: Cluster,
             process.wait(30)
     name, record = train_state.committed(str(state()))[0]
     assert record is not None
-    log = [yaml.safe_load(line) for line in (state() / name / train_state.LOG).read_text().splitlines()]
+    log = [json.loads(line) for line in (state() / name / train_state.LOG).read_text().splitlines()]
     assert len(log) == record.step
     rates = [learning_rate_at(i, STEPS, peak=1e-4, warmup_steps=STEPS // 10, schedule="cosine") for i in range(record.step)]
     assert [metrics["learning_rate"] for metrics in log] == rates
