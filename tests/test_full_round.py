@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_ray.config import PreferenceRun, RunConfig
+from dpo_ray.config import PreferenceRun, RunConfig, SftRun
 from dpo_ray.errors import ConfigError
 from pipelines import full_round
 
-from .test_config import minimal, minimal_preferences
+from .test_config import minimal, minimal_preferences, minimal_sft
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "pipelines/full_round.py")
@@ -27,6 +27,13 @@ def plan(**fields):
 
 def preference_plan(**fields):
     return full_round.plan(PreferenceRun.model_validate(minimal_preferences() | fields))
+
+
+def test_plan_of_fine_tuning_ends_in_a_policy_of_no_round():
+    stages = full_round.plan(SftRun.model_validate(minimal_sft()))
+    assert [s.key for s in stages] == ["policy", "conversations", "tokenize", "train", "evaluate"]
+    assert by_key(stages)["train"].inputs == {"pairs": "tokenize", "policy": "policy"}
+    assert by_key(stages)["evaluate"].inputs["policy"] == "train"
 
 
 def by_key(stages):

@@ -28,7 +28,8 @@ from dpo_ray.learn.policy_files import policy_identity
 from dpo_ray.pair_table import columns_of
 from dpo_ray.schemas import REFERENCED
 from dpo_ray.stages import train
-from dpo_ray.train_worker import plan_steps, start_tolerance
+from dpo_ray.train_objectives import start_tolerance
+from dpo_ray.train_worker import plan_steps
 
 from ..artifacts import commit, commit_policy, commit_tables, context
 from ..learn import tiny
@@ -141,7 +142,7 @@ def run(directory, policy, workers, fingerprint="f1", progress=None, table=None,
     given = context(directory, inputs, fingerprint=fingerprint)
     if progress:
         given.progress.update = lambda done, total, counters: progress(done)
-    return train.stage(config, 0, "policy").run(given)
+    return train.stage(config, 0, "policy", "round_00/reference").run(given)
 
 
 def saved(directory, fingerprint="f1"):
