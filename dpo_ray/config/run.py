@@ -71,7 +71,7 @@ class RoundBlock(RunBlock):
         return {"policy": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def several_rounds_name_their_reference(self) -> RunBlock:
+    def several_rounds_name_their_reference(self) -> RoundBlock:
         if self.rounds > 1 and self.reference.policy is None:
             raise ValueError(
                 f"rounds={self.rounds} needs `reference: initial | previous | <path>`: whether the anchor stays at the "
@@ -80,7 +80,7 @@ class RoundBlock(RunBlock):
         return self
 
     @model_validator(mode="after")
-    def reference_options_need_a_reference(self) -> RunBlock:
+    def reference_options_need_a_reference(self) -> RoundBlock:
         ignored = self.reference.changed("cache", "per_token")
         if ignored and not self.train.needs_reference:
             raise ValueError(
@@ -90,7 +90,7 @@ class RoundBlock(RunBlock):
         return self
 
     @model_validator(mode="after")
-    def sampler_values_serve_the_loss_of_every_round(self) -> RunBlock:
+    def sampler_values_serve_the_loss_of_every_round(self) -> RoundBlock:
         if self.reference.reuse == "none":
             return self
         if not self.train.needs_reference:
