@@ -188,7 +188,7 @@ CLOSINGS = {
 # Chance of "good", "plain" and "bad" in each sentence of a review, by the reviewer's mood.
 MOODS = ((0.85, 0.15, 0.00), (0.40, 0.20, 0.40), (0.00, 0.15, 0.85))
 NUM_SENTENCES = (2, 3, 3, 4, 4, 4)
-NUM_CONVERSATIONS = 12_800
+NUM_CONVERSATIONS = 10_240
 """As many as teach the quickstart's policy."""
 
 
