@@ -46,7 +46,7 @@ def test_tokenize_every_conversation_is_out_or_in_quarantine_with_its_reason(tok
     output, directory = tokenized
     assert (output.rows_in, output.rows_out) == (7, 10)  # the template of `tiny` gives each turn a row of its own
     assert output.dropped == {reason: 1 for _, reason in BAD}
-    assert {row["conversation_id"]: row["drop_reason"].split(":")[0] for row in quarantined(directory)} == {
+    assert {row["conversation_id"]: row["drop_reason"].split(":")[0] for row in quarantined(directory, output)} == {
         row["conversation_id"]: reason for row, reason in BAD
     }
 
