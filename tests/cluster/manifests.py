@@ -76,17 +76,19 @@ def ray_container(group: Object) -> Object:
 
 def pods(workload: Workload) -> list[Pod]:
     """Every kind of pod of a workload: head, one of each group, submitter."""
-    found = []
+    found, mode = [], (workload.job or {}).get("submissionMode", "K8sJobMode")
     for name, group in groups(workload.cluster):
         spec = copy.deepcopy(group["template"]["spec"])
         if name == "head" and workload.cluster.get("enableInTreeAutoscaling"):
             spec["containers"].append(_autoscaler(workload.cluster))
+        if name == "head" and mode == "SidecarMode":
+            spec["containers"].append({"name": "ray-job-submitter"})  # without a securityContext, and nothing can give it one
         if name != "head":
             spec.setdefault("initContainers", []).append(_wait_for_head(spec["containers"][0]))
         found.append(Pod(f"{workload}, {name}", spec))
-    if workload.job is not None and workload.job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
+    if workload.job is not None and mode == "K8sJobMode":
         template = workload.job.get("submitterPodTemplate")
-        spec = template["spec"] if template else {"containers": [{"name": "ray-job-submitter"}]}  # without a securityContext
+        spec = template["spec"] if template else {"containers": [{"name": "ray-job-submitter"}]}
         found.append(Pod(f"{workload}, submitter", copy.deepcopy(spec)))
     return found
 

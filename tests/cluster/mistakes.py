@@ -94,6 +94,11 @@ def command(text: str, message: str) -> Mistake:
     return job("spec.entrypoint", text, message)
 
 
+def with_priority(cluster: Object) -> Object:
+    first, *others = cluster["workerGroupSpecs"]
+    return cluster | {"rayVersion": "2.55.0", "workerGroupSpecs": [first | {"priority": 1}, *others]}
+
+
 DELETE = {"policy": "DeleteCluster", "condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}}
 ELSEWHERE = {"ray.io/cluster": "x"}
 SCRIPT, ROUND = "python /opt/dpo-ray/pipelines/full_round.py", "/etc/dpo-ray/round.yaml"
@@ -108,12 +113,15 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
         cron("spec.jobTemplate.shutdownAfterJobFinishes", GONE, "ttlSecondsAfterFinished needs"),
         job("spec.submissionMode", "SidecarMode", "SidecarMode refuses"),
         job("spec.clusterSelector", ELSEWHERE, "backoffLimit is refused"),
+        job("spec", lambda s: s | {"suspend": True, "shutdownAfterJobFinishes": False}, "suspend needs"),
+        job("spec.deletionStrategy", {"deletionRules": [DELETE | {"policy": "DeleteWorkers"}]}, "DeleteWorkers is refused"),
     ],
     check_kueue: [
         job("spec.shutdownAfterJobFinishes", False, "Kueue wants shutdownAfterJobFinishes", "kueue"),
         job("metadata.annotations", GONE, "elastic-job", "kueue"),
         job("spec.clusterSelector", ELSEWHERE, "refuses clusterSelector", "kueue"),
         job(f"{CPU}.groupName", "head", "reserves the group name head", "kueue"),
+        job(f"{CLUSTER}.workerGroupSpecs", lambda groups: groups * 6, "more than 18 pod sets", "kueue"),
     ],
     check_names: [
         job("metadata.name", "a" * 48, "48 characters"),
@@ -130,6 +138,7 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
         job(f"{CLUSTER}.autoscalerOptions.version", GONE, "idleTimeoutSeconds of inference"),
         job(f"{CLUSTER}.authOptions.enableK8sTokenAuth", True, "enableK8sTokenAuth is refused"),
         job(f"{TRAIN_POD}.restartPolicy", "Always", "restartPolicy Always"),
+        job(CLUSTER, with_priority, "priority of cpu needs rayVersion 2.56"),
     ],
     check_group_resources: [
         job(f"{HEAD}.resources", {"CPU": "0"}, "head has resources in rayStartParams"),
@@ -140,6 +149,7 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
     check_gates: [
         job(f"{CLUSTER}.networkPolicy", {"mode": "DenyAll"}, "gate RayClusterNetworkPolicy"),
         job(f"{CLUSTER}.tlsOptions", {}, "gate RayClusterMTLS"),
+        job(f"{CLUSTER}.historyServerOptions", {}, "gate RayClusterHistoryServer"),
         job(f"{CLUSTER}.gcsFaultToleranceOptions", {"backend": "rocksdb"}, "gate GCSFaultToleranceEmbeddedStorage"),
     ],
     check_runtime_env: [
@@ -158,6 +168,8 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
     check_pods: [
         job(f"{CLUSTER}.autoscalerOptions.securityContext", GONE, "container autoscaler: allowPrivilegeEscalation"),
         job("spec.submitterPodTemplate", GONE, "submitter: container ray-job-submitter: no seccompProfile"),
+        job("spec.submissionMode", "SidecarMode", "head: container ray-job-submitter: allowPrivilegeEscalation"),
+        Mistake("gpu", "Namespace", "metadata.labels", {}, "the namespace enforces None"),
         job(f"{TRAIN_POD}.securityContext", GONE, "train: container wait-gcs-ready: runAsNonRoot"),
         job(f"{TRAIN_RAY}.securityContext.capabilities.drop", [], "capabilities.drop lacks ALL"),
         job(f"{HEAD_POD}.securityContext.runAsUser", 0, "runAsUser 0"),
