@@ -26,6 +26,21 @@ def test_dashboard_shows_every_metric_and_no_other():
     assert set().union(*map(metrics, EXPRESSIONS)) == {f"ray_{m}" for m in COUNTERS + GAUGES} | OTHERS
 
 
+def test_dashboard_names_are_those_that_ray_exports():
+    from prometheus_client import generate_latest
+    from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+
+    recorder, tags = OpenTelemetryMetricRecorder(), dict.fromkeys(TAGS, "x")
+    for name in COUNTERS:
+        recorder.register_counter_metric(name, "")
+    for name in GAUGES:
+        recorder.register_gauge_metric(name, "")
+    for name in COUNTERS + GAUGES:
+        recorder.set_metric_value(name, tags, 1.0)
+    exported = set(re.findall(r"^(\w*dpo_ray\w*){", generate_latest().decode(), re.MULTILINE))
+    assert exported == {m for e in EXPRESSIONS for m in metrics(e)} - OTHERS
+
+
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_dashboard_expression_is_by_tags_that_the_metric_has(expression):
     assert expression.count("(") == expression.count(")")
