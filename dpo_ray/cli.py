@@ -48,6 +48,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         default=[],
         help="run this stage again, and what follows it (e.g. train, round_00/pair)",
     )
+    parser.add_argument(
+        "--next-round", action="store_true", help="in place of --rounds: those that are finished, and one more (for a schedule)"
+    )
     arguments, rest = parser.parse_known_args(argv)
     return arguments, load_config(arguments.config, overrides(rest))
 

@@ -10,6 +10,7 @@ Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,9 +143,18 @@ def cut(stages: list[Stage], until: str | None, redo: list[str]) -> list[Stage]:
     return stages[: last + 1]
 
 
+def finished_rounds(directory: str) -> int:
+    """Rounds of the run that are evaluated, which is how a round ends."""
+    from dpo_ray.flow.artifact import read_artifact
+
+    return next(r for r in itertools.count() if read_artifact(f"{directory}/round_{r:02d}/evaluate") is None)
+
+
 def main() -> int:
     try:
         arguments, config = parse_arguments()
+        if arguments.next_round:
+            _, config = parse_arguments([*sys.argv[1:], "--rounds", str(finished_rounds(config.directory) + 1)])
         run(arguments.dry_run, arguments.until, arguments.redo, config)
     except DpoRayError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
