@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from dpo_ray.flow.artifact import read_artifact
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.pair_table import REFERENCE, ROWS, PairTable
+from pipelines import full_round
 
 from ..learn.tiny import naive_logps
-from .conftest import Cluster
+from .conftest import ROOT, Cluster
 
 PROMPTS, EVAL = 48, 32
 
@@ -125,13 +127,19 @@ def test_round_submitted_evaluation_samples_each_policy_from_its_own_weights(run
                 assert c["sampler_logps_sum"] == pytest.approx(expected, abs=1e-3), role
 
 
-def test_round_submitted_again_skips_every_stage(run: Path, cluster: Cluster, arguments: list[str]) -> None:
+def test_round_submitted_again_skips_every_stage(
+    run: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same command in this process, which finds everything done by another and from another directory."""
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
-    done = cluster.submit(*arguments, timeout=120)
-    assert done.returncode == 0, done.stdout[-4000:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["full_round.py", *arguments])
+    assert full_round.main() == 0
+    assert capsys.readouterr().out.count("(done before)") == 8
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_round_submitted_with_a_relative_root_is_refused_with_the_reason(cluster: Cluster) -> None:
     done = cluster.submit("pipelines/quickstart.yaml", "--root", "runs/here", timeout=120)
     assert done.returncode == 1
