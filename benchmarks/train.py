@@ -85,12 +85,12 @@ def small_steps(options: argparse.Namespace) -> list[train_table.Row]:
     job = Job(model, pairs, batch_pairs)
     jobs = {
         "bare": job,
-        "ray": job._replace(workers=1),
-        "saves": job._replace(workers=1, checkpoint_steps=options.save_every),
+        "ray": job._replace(workers=options.workers),
+        "saves": job._replace(workers=options.workers, checkpoint_steps=options.save_every),
     }
     asked = {"ray", *(["bare"] if "overhead" in options.only else []), *(["saves"] if "checkpoints" in options.only else [])}
     runs = in_turn(options.runs, {arm: jobs[arm] for arm in jobs if arm in asked}, "small steps")
-    show(f"{batch_pairs} pairs a step, 1 thread", runs, options.warm)
+    show(f"{batch_pairs} pairs a step, {options.workers} worker(s) with 1 thread", runs, options.warm)
     rows = [train_table.overhead_row(runs, options.warm)] if "bare" in runs else []
     return [*rows, *(train_table.checkpoint_rows(runs, options.warm, options.save_every) if "saves" in runs else [])]
 
@@ -126,11 +126,12 @@ def conditions(options: argparse.Namespace) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     machine = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    small, large = options.small, options.large
     return (
         f"{machine}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; Qwen2 {options.shape}, vocabulary "
-        f"{options.vocabulary}, float32; {options.warm} steps of warm-up, then {options.small[0]} steps of {options.small[1]} "
-        f"pairs, for scaling {options.large[0]} of {options.large[1]}; memory of Qwen2 {options.memory_shape}; {options.runs} "
-        "runs of each arm, 1 for memory"
+        f"{options.vocabulary}, float32; {options.warm} steps of warm-up, then {small[0]} steps of {small[1]} pairs, "
+        f"{options.workers} worker(s), for scaling {large[0]} of {large[1]}; memory of Qwen2 {options.memory_shape}; "
+        f"{options.runs} runs of each arm, 1 for memory"
     )
 
 
@@ -143,6 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--large", **steps, default=[16, 32], help="timed steps and their pairs: scaling")
     parser.add_argument("--warm", type=int, default=8, help="steps before these that are not timed")
     parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--workers", type=int, default=1, help="with 1 thread each, of --only checkpoints")
     parser.add_argument("--shape", choices=list(dpo_work.SHAPES), default="tiny", help="of the policy")
     parser.add_argument("--memory-shape", choices=list(dpo_work.SHAPES), default="150m", help="of the policy for memory")
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -154,6 +156,8 @@ def arguments() -> argparse.Namespace:
             f"--warm {options.warm}, --small {options.small[0]}, --save-every {options.save_every}: expected some steps of "
             "warm-up, fewer than lie between two checkpoints, and a whole number of checkpoints behind them"
         )
+    if options.workers > 1 and "overhead" in options.only:
+        parser.error(f"--workers {options.workers}: overhead compares one worker with one process; use --only checkpoints")
     if os.getloadavg()[0] > 0.3 and not options.force:
         parser.error(f"the load average of the last minute is {os.getloadavg()[0]:.2f}, above 0.3; wait, or --force")
     return options
