@@ -28,6 +28,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
+    "150m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -101,6 +108,12 @@ def memory_pairs(vocabulary: int) -> list[Pair]:
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(len(SPECIAL), vocabulary, n).tolist()
     return [Pair(draw(p), draw(c), draw(c)) for p, c in ((2, 2), (2, 2), (96, 160), (96, 160))]
+
+
+def equal_pairs(vocabulary: int, tokens: int, count: int) -> list[Pair]:
+    """Pairs whose prompt and completions all have `tokens` random ids."""
+    ids = np.random.default_rng(0).integers(len(SPECIAL), vocabulary, (count, 3, tokens))
+    return [Pair(*pair) for pair in ids.tolist()]
 
 
 def _drawn(ratio: float, vocabulary: int, count: int) -> list[Pair]:
