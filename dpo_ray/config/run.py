@@ -28,6 +28,8 @@ class RunBlock(Block):
     """Run Python code that a model repository brings along."""
     seed: int = 0
     rounds: int = Field(default=1, ge=1)
+    max_wait_s: float = Field(default=3600.0, gt=0)
+    """Longest that a stage waits for the nodes that it needs; then the run ends, and the same command goes on from there."""
     reference: Reference = Reference()
     train: Train
 

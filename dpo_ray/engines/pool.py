@@ -22,6 +22,8 @@ from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.errors import ResourceError, StageError
+from dpo_ray.flow.fit import free_places
+from dpo_ray.flow.stage import Needs
 
 MAX_CRASHES = 32
 """Of all engines of a pool together; beyond it the engines are broken, not single prompts."""
@@ -123,6 +125,14 @@ class EnginePool:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
         return ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens))
 
+    def restarts(self) -> int:
+        """How often engines have started again since `use` last started them; 0 while that cannot be told."""
+        try:
+            restarts: Any = ray.get(self.companion.restarts.remote(), timeout=5)
+            return restarts
+        except (RayActorError, GetTimeoutError):
+            return 0
+
     def _least_loaded(self) -> ActorHandle:
         if len(self.actors) == 1:
             return self.actors[0]
@@ -200,8 +210,6 @@ def _reap(family: list[tuple[int, float]], timeout_s: float) -> list[int]:
 
 
 def _free_places(settings: EngineSettings) -> int:
-    free = ray.available_resources()
-    by_cpu = free.get("CPU", 0) / settings.cpus if settings.cpus else float("inf")
-    by_gpu = free.get("GPU", 0) / settings.gpus if settings.gpus else float("inf")
-    places = min(by_cpu, by_gpu)
-    return int(places) if places != float("inf") else 1
+    if not settings.cpus and not settings.gpus:
+        return 1
+    return free_places(Needs(1, settings.cpus, settings.gpus, node_labels=settings.node_labels))
