@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray._private.label_utils import validate_label_selector
 
 from dpo_ray.cli import load_config
 from dpo_ray.config import (
     ActorResources,
+    DataResources,
     EngineResources,
     Generate,
     PreferenceRun,
@@ -441,3 +443,41 @@ def test_config_revisions_of_hub_names_are_taken():
         }
     )
     assert (config.policy_revision, config.reference.revision, config.prompts.revision) == ("v1", "v2", "v3")
+
+
+# Labels of nodes
+
+
+@pytest.mark.parametrize(
+    "labels", [{}, {"pool": "train"}, {"dpo.dev/pool": "in(a, b-1)", "market": "!spot", "x": "!in(a,b)"}], ids=str
+)
+def test_node_labels_that_ray_can_select_are_taken_by_every_kind_of_resources(labels):
+    for kind in (DataResources, ActorResources, EngineResources, TrainResources):
+        assert kind(node_labels=labels).node_labels == labels
+    assert validate_label_selector(labels) is None
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"pool": ""},
+        {"pool": "two words"},
+        {"pool": "in()"},
+        {"pool": "-x"},
+        {"po ol": "x"},
+        {"a/b/c": "x"},
+        {"": "x"},
+        {"x": "!!y"},
+    ],
+    ids=str,
+)
+def test_node_labels_that_ray_cannot_select_are_refused(labels):
+    for kind in (DataResources, TrainResources):
+        with pytest.raises(ValidationError, match="expected a Kubernetes label"):
+            kind(node_labels=labels)
+
+
+def test_node_labels_of_evaluate_would_be_ignored_and_are_refused():
+    with pytest.raises(ValidationError, match="set theirs"):
+        RunConfig.model_validate(changed("evaluate.resources.node_labels", {"pool": "x"}))
+    assert PreferenceRun.model_validate(minimal_preferences() | {"evaluate": {"resources": {"node_labels": {"pool": "x"}}}})

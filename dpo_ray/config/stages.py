@@ -372,6 +372,16 @@ class Evaluate(Block):
     """Resamples of the prompts for the 95 % intervals."""
     resources: DataResources = DataResources()
 
+    @field_validator("resources")
+    @classmethod
+    def nodes_are_those_of_the_stages_it_borrows_from(cls, resources: DataResources) -> DataResources:
+        if resources.node_labels:
+            raise ValueError(
+                "node_labels would be ignored: evaluate samples, scores and computes log-probabilities on the nodes of "
+                "generate, score and reference; set theirs"
+            )
+        return resources
+
 
 class EvaluatePairs(Block):
     """Held-out pairs: implicit-reward accuracy, margins and KL of the new policy; nothing is sampled."""

@@ -29,6 +29,7 @@ MAX_CRASHES = 32
 """Of all engines of a pool together; beyond it the engines are broken, not single prompts."""
 PIECES = 4
 """Into how many a part is cut that crashed its engine; a crash costs a start, a piece one short call."""
+MAX_COMPANION_DEATHS = 8
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -65,12 +66,15 @@ class EnginePool:
 
     def _start(self, policy: PolicyRef) -> None:
         settings, self.policy = self.settings, policy
-        self.companion: ActorHandle = ray.remote(Companion).options(num_cpus=0, max_restarts=2).remote(policy)
+        where = dict(settings.node_labels)
+        companion = ray.remote(Companion).options(num_cpus=0, max_restarts=MAX_COMPANION_DEATHS, label_selector=where)
+        self.companion: ActorHandle = companion.remote(policy)
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
             max_concurrency=settings.parts_in_flight + 4,
             max_restarts=MAX_CRASHES + 1,
+            label_selector=where,
         )
         self.actors = [actor.remote(settings, policy, self.companion) for _ in range(self.count)]
         try:

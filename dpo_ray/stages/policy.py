@@ -15,6 +15,7 @@ from dpo_ray.config import Run
 from dpo_ray.engines.policies import model_identity
 from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
+from dpo_ray.flow.parts import MAX_DEATHS, first_cause
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn.policy_files import check_policy_directory
 from dpo_ray.quickstart.policy import build_policy, policy_key
@@ -70,11 +71,14 @@ def _build_quickstart(config: Run, key: str) -> str:
     target = f"{config.root}/policies/quickstart-{key}"
     if not storage.exists(f"{target}/{COMPLETE}"):
         cpus = min(2.0, max(n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]))
-        ray.get(_build_task.options(num_cpus=cpus).remote(target, config.seed, int(cpus)))
+        try:
+            ray.get(_build_task.options(num_cpus=cpus).remote(target, config.seed, int(cpus)))
+        except ray.exceptions.RayError as error:
+            raise first_cause(error, "policy") from error
     return target
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=MAX_DEATHS)
 def _build_task(target: str, seed: int, num_threads: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         build_policy(f"{scratch}/policy", seed, num_threads=num_threads)

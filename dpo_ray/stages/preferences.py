@@ -12,7 +12,7 @@ import ray
 from dpo_ray.config import PreferenceRun
 from dpo_ray.errors import StageError
 from dpo_ray.flow.artifact import Artifact, FileRecord, write_table
-from dpo_ray.flow.parts import Part, split_into_parts
+from dpo_ray.flow.parts import MAX_DEATHS, Part, first_cause, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.preferences import read_preferences
 from dpo_ray.sources import source_fingerprint
@@ -32,7 +32,7 @@ def stage(config: PreferenceRun) -> Stage:
         config={"seed": config.seed, **block.model_dump(mode="json", exclude=LATER)},
         inputs={},
         external=lambda: source_fingerprint(block),
-        needs=Needs(1, block.resources.cpus, 0.0, "reader"),
+        needs=Needs(1, block.resources.cpus, 0.0, "reader", node_labels=block.resources.node_labels),
         check=lambda artifact: check_enough(artifact, config),  # before any round is paid for
         resources=block.resources.model_dump(mode="json"),
         run=lambda context: _read(config, context),
@@ -71,11 +71,14 @@ def held_out(preferences: Artifact, config: PreferenceRun) -> list[Part]:
 
 
 def _read(config: PreferenceRun, context: StageContext) -> StageOutput:
-    task = ray.remote(_read_and_write).options(num_cpus=config.preferences.resources.cpus, max_retries=0)
+    resources = config.preferences.resources
+    task = ray.remote(_read_and_write).options(
+        num_cpus=resources.cpus, label_selector=resources.node_labels, max_retries=MAX_DEATHS
+    )
     try:
         return ray.get(task.remote(config, context.directory))
-    except ray.exceptions.RayTaskError as error:  # the user needs our message, not Ray's wrapping of it
-        raise error.cause from None
+    except ray.exceptions.RayError as error:  # the user needs our message, not Ray's wrapping of it
+        raise first_cause(error, "preferences") from None
 
 
 def _read_and_write(config: PreferenceRun, directory: str) -> StageOutput:

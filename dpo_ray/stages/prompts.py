@@ -12,7 +12,7 @@ import ray
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import StageError
 from dpo_ray.flow.artifact import Artifact, FileRecord, write_table
-from dpo_ray.flow.parts import Part, split_into_parts
+from dpo_ray.flow.parts import MAX_DEATHS, Part, first_cause, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.prompts import read_prompts, source_fingerprint
 
@@ -28,7 +28,7 @@ def stage(config: RunConfig) -> Stage:
         config={"seed": config.seed, **config.prompts.model_dump(mode="json", exclude={"resources", "max_dropped"})},
         inputs={},
         external=lambda: source_fingerprint(config.prompts),
-        needs=Needs(1, resources.cpus, 0.0, "reader"),
+        needs=Needs(1, resources.cpus, 0.0, "reader", node_labels=resources.node_labels),
         check=lambda artifact: slice_of_round(artifact, config, config.rounds - 1),  # before any round is paid for
         resources=resources.model_dump(mode="json"),
         run=lambda context: _read(config, context),
@@ -57,11 +57,14 @@ def held_out(prompts: Artifact, config: RunConfig) -> list[Part]:
 
 
 def _read(config: RunConfig, context: StageContext) -> StageOutput:
-    task = ray.remote(_read_and_write).options(num_cpus=config.prompts.resources.cpus, max_retries=0)
+    resources = config.prompts.resources
+    task = ray.remote(_read_and_write).options(
+        num_cpus=resources.cpus, label_selector=resources.node_labels, max_retries=MAX_DEATHS
+    )
     try:
         return ray.get(task.remote(config, context.directory))
-    except ray.exceptions.RayTaskError as error:  # the user needs our message, not Ray's wrapping of it
-        raise error.cause from None
+    except ray.exceptions.RayError as error:  # the user needs our message, not Ray's wrapping of it
+        raise first_cause(error, "prompts") from None
 
 
 def _read_and_write(config: RunConfig, directory: str) -> StageOutput:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 
 from dpo_ray import train_log
-from dpo_ray.config import Run
+from dpo_ray.config import Run, Train
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
@@ -43,17 +43,24 @@ def stage(config: Run, round_: int, start: str) -> Stage:
         },
         inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
         run=lambda context: _train(config, round_, context),
-        needs=Needs(block.resources.min_workers, block.resources.cpus, block.resources.gpus, "train worker"),
+        needs=needs(block),
         resources=block.resources.model_dump(mode="json"),
     )
+
+
+def needs(block: Train) -> Needs:
+    resources = block.resources
+    return Needs(resources.min_workers, resources.cpus, resources.gpus, "train worker", node_labels=resources.node_labels)
 
 
 def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dpo_ray.train_failures import StopAtOurErrors, fit, run_until_started
+    from dpo_ray.train_scaling import Trainer
 
     pairs, block, resources = context.inputs["pairs"], config.train, config.train.resources
     rows = sum(f.rows or 0 for f in pairs.tables())
@@ -77,13 +84,14 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     if isinstance(resources.workers, tuple):
         context.release_engine()  # Ray counts how many workers fit from what nodes have, not from what is free
     filesystem, path = storage.filesystem(state)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         run_worker,
         train_loop_config=arguments,
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+            label_selector=resources.node_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,

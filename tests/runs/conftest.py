@@ -8,8 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -25,6 +26,28 @@ class Cluster(NamedTuple):
     env: dict[str, str]
     bin: Path
     pid: int
+    temp: Path
+    """Where Ray writes: its sessions, with every log."""
+
+    @contextmanager
+    def join(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node, until the block is left."""
+        start = [str(self.bin / "python"), "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        start += [f"--address={self.env['RAY_ADDRESS']}", "--dashboard-agent-listen-port=0", *options]
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(start, env=self.env, stdout=log, stderr=log, start_new_session=True)
+            try:
+                yield process
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+
+    def state(self, of: str) -> list[Any]:
+        """What Ray's state API lists: `nodes`, `actors` or `tasks`, in full."""
+        from ray.util import state
+
+        listing = getattr(state, f"list_{of}")
+        return listing(address=self.env["RAY_API_SERVER_ADDRESS"], limit=5000, detail=True, raise_on_missing_output=False)
 
     def processes(self) -> list[str]:
         """Titles of the cluster's processes; that of a worker says which task or actor runs in it."""
@@ -86,7 +109,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
         process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard, process, Path(log.name))
-            yield Cluster(env, bin_, process.pid)
+            yield Cluster(env, bin_, process.pid, Path(temp))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
