@@ -22,7 +22,7 @@ from dpo_ray.pair_table import PairTable, columns_of
 
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the loss of step 0 may lie from its known value, by compute type; an engine's own values round as bfloat16 does."""
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "kl_ref_to_policy", "step_time_s", "tokens_per_s")
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
@@ -44,12 +44,13 @@ def run_worker(arguments: dict[str, Any]) -> None:
     plan = plan_steps(table.lengths, block, world_size, seed=seed, share_prompt=path.share_prompt)
     where = _checkpoints(arguments)
     done, lines = train_state.resume(where, model, optimizer)
-    log = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
+    log: Any = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
     saving: Any = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept}
     saving["publish"] = lambda _: log.publish()
     measured, num_pairs = _measured(model, block, device, world_size), len(table) * block.epochs
+    tokens = sum(line["num_tokens"] for line in lines)
     if rank == 0:
-        board.put.remote(plan.pairs_before(done), num_pairs, {})
+        board.put.remote(plan.pairs_before(done), num_pairs, {"tokens": tokens})
     steps = dpo.dpo_steps(
         model,
         optimizer,
@@ -77,7 +78,9 @@ def run_worker(arguments: dict[str, Any]) -> None:
                 lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval, **memory})
             log.write(lines[-len(metrics) :])
             if rank == 0:
-                board.put.remote(plan.pairs_before(done), num_pairs, {name: lines[-1][name] for name in SHOWN})
+                shown = {name: lines[-1][name] for name in SHOWN if name in lines[-1]}
+                tokens += sum(line["num_tokens"] for line in lines[-len(metrics) :])
+                board.put.remote(plan.pairs_before(done), num_pairs, {**shown, "tokens": tokens})
             save(done, lines)
             started = time.perf_counter()
     _export(model, start, directory, rank)

@@ -177,7 +177,9 @@ def run_parts(
     sink = _make_sink(directory, attempts, {p.name: p for p in parts}, grain, stage, count)
 
     def report() -> None:
-        context.progress.update(sum(r.rows_in for r in records.values()), total, _sum_counters(records.values()))
+        counters = _sum_counters(records.values())
+        counters["dropped"] = sum(n for r in records.values() for n in r.dropped.values())
+        context.progress.update(sum(r.rows_in for r in records.values()), total, counters)
 
     context.progress.begin(stage)
     report()

@@ -19,7 +19,9 @@ from dpo_ray.flow import cluster, fit, storage, waiting
 from dpo_ray.flow.artifact import MANIFEST, Artifact, Manifest, read_artifact, write_manifest
 from dpo_ray.flow.fingerprint import differing_fields, fingerprint
 from dpo_ray.flow.lease import Lease
+from dpo_ray.flow.metrics import Measured
 from dpo_ray.flow.progress import Progress
+from dpo_ray.flow.pulse import pulse
 from dpo_ray.flow.stage import Engine, EngineSpec, Stage, StageContext, StageOutput
 from dpo_ray.flow.versions import git_commit, library_versions
 
@@ -176,18 +178,20 @@ def _run_stage(
     lease: Lease,
     max_wait_s: float,
 ) -> Artifact:
-    directory = f"{root}/{stage.key}"
+    directory, measured = f"{root}/{stage.key}", Measured(progress, root.rpartition("/")[2], stage)
     fit.check_fits(stage.key, stage.needs)
     progress.stage_started(stage.key)
     if not holder.keeps_for(stage) and waiting.wait_for_room(stage.key, stage.needs, progress.waits, limit_s=max_wait_s):
         cluster.probe_shared(root)  # by the nodes that have come meanwhile
     started = time.monotonic()
-    engine = holder.engine_for(stage, inputs)
-    idle = cluster.Idle()
-    context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, progress)
-    output = stage.run(context)
+    with pulse(stage.key, measured, holder.restarts):
+        engine = holder.engine_for(stage, inputs)
+        idle = cluster.Idle()
+        context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, measured)
+        output = stage.run(context)
     idle.wait(stage.key)
     lease.check()
+    measured.ended(output)
     return write_manifest(directory, _manifest(stage, wanted, output, time.monotonic() - started))
 
 
