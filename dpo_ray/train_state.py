@@ -202,8 +202,7 @@ def _delete_others(directory: str, kept: int) -> None:
         if name in keep:
             continue
         if record:
-            fs, path = storage.filesystem(f"{directory}/{name}/{RECORD}")
-            fs.delete_file(path)
+            storage.delete_file(f"{directory}/{name}/{RECORD}")
         storage.delete_directory(f"{directory}/{name}")
 
 

@@ -121,8 +121,7 @@ def probe_shared(root: str) -> None:
                 f"root {root} is not seen by node {node}: {error}. Use a path on shared storage, or a URI such as s3://"
             )
     finally:
-        fs, path = storage.filesystem(probe)
-        fs.delete_file(path)
+        storage.delete_file(probe)
 
 
 def _read_on_every_node(probe: str) -> Iterable[tuple[str, str]]:

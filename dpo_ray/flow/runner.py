@@ -128,7 +128,7 @@ def run_plan(
     """
     outcomes: list[Outcome] = []
     artifacts: dict[str, Artifact] = {}
-    lease = Lease(root)
+    lease = Lease(root, progress.waits)
     holder = _EngineHolder()
     try:
         # All of them before the first stage runs: a scorer that does not import must not be found after generation.
@@ -159,8 +159,7 @@ def supersede(root: str, key: str) -> None:
     directory = f"{root}/{key}"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     storage.copy_directory(directory, f"{root}/superseded/{stamp}/{key}")
-    fs, path = storage.filesystem(f"{directory}/{MANIFEST}")
-    fs.delete_file(path)
+    storage.delete_file(f"{directory}/{MANIFEST}")
     storage.delete_directory(directory)
 
 
