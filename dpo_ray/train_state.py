@@ -84,11 +84,12 @@ def saving(
     num_steps: int,
     kept: int,
     publish: Callable[[Log], object] = id,
-) -> Iterator[Callable[[int, Log], None]]:
-    """Give a function to call after every step with the steps taken and their log; every rank does.
+) -> Iterator[Callable[[int, Log, bool], None]]:
+    """Give a function to call after every step with the steps taken, their log, and whether to save now; every rank does.
 
-    A checkpoint is due every `every` steps and after step `num_steps`. The call copies the state and returns; a thread
-    writes it, one checkpoint at a time, and then deletes all but the newest `kept`. Leaving the block waits for the last.
+    A checkpoint is due every `every` steps, after step `num_steps`, and when it is asked for. The call copies the state and
+    returns; a thread writes it, one checkpoint at a time, and then deletes all but the newest `kept`. Leaving the block
+    waits for the last.
 
     Args:
         publish: called on rank 0, in the thread, with the log of every checkpoint.
@@ -101,9 +102,9 @@ def saving(
     pending: Future[None] | None = None
     copied: Any = None
 
-    def save(step: int, log: Log) -> None:
+    def save(step: int, log: Log, now: bool = False) -> None:
         nonlocal pending, copied
-        due = step % every == 0 or step == num_steps
+        due = now or step % every == 0 or step == num_steps
         if pending and (due or pending.done()):
             pending.result()
             pending = None

@@ -115,6 +115,15 @@ def test_saving_holds_no_step_while_a_checkpoint_is_written(where, path, uninter
     assert run(where, path) == (2, uninterrupted)
 
 
+def test_saving_now_writes_a_checkpoint_that_no_step_was_due_for(where, path, uninterrupted):
+    model, optimizer = fresh(path)
+    with train_state.saving(where, model, optimizer, every=100, num_steps=6, kept=2) as save:
+        for step, _ in enumerate(training.take(model, optimizer, PAIRS, PLAN[:3]), 1):
+            save(step, uninterrupted[:step], step == 3)
+    assert whole(where) == [3]
+    assert run(where, path) == (3, uninterrupted)
+
+
 def test_saving_publishes_the_log_of_each_checkpoint(where, path, uninterrupted):
     published = []
     run(where, path, publish=lambda log: published.append(log))

@@ -126,7 +126,7 @@ class Companion:
     def __init__(self, policy: PolicyRef) -> None:
         self.policy = policy
         self.began: set[str] = set()
-        self.crashes = 0
+        self.crashes: set[str] = set()
         self.loading: dict[str, int] = {}
         self.starts: Counter[str] = Counter()
 
@@ -145,10 +145,12 @@ class Companion:
     def loaded(self, engine: str) -> None:
         self.loading.pop(engine, None)
 
+    @ray.method(max_task_retries=START_RETRIES)
     def begins(self, token: str) -> None:
         """The call `token` runs from now on, with nothing else in its engine."""
         self.began.add(token)
 
+    @ray.method(max_task_retries=START_RETRIES)
     def crashed(self, token: str) -> tuple[bool, int]:
         """Whether the call that failed had begun, and how many calls have crashed an engine by now."""
         self.crashes |= {token} & self.began

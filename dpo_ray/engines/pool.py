@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.engines.actors import Companion, EngineActor, Family, load_failure
@@ -169,14 +169,26 @@ class EnginePool:
         by_node: dict[str, set[tuple[int, float]]] = {}
         for node, family in known:
             by_node.setdefault(node, set()).update(family)
-        alive_nodes = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         for node, family in by_node.items():
-            if node not in alive_nodes:
-                continue
-            here = NodeAffinitySchedulingStrategy(node, soft=False)
-            left = ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
-            if left:
+            if left := _left_on(node, family):
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
+
+
+def _left_on(node: str, family: set[tuple[int, float]]) -> list[int]:
+    """Processes of the family that outlive SIGKILL; none on a node that is gone, also where that shows only meanwhile."""
+    if not _lives(node):
+        return []
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
+    except RayError:
+        if _lives(node):
+            raise
+        return []
+
+
+def _lives(node: str) -> bool:
+    return any(n["Alive"] for n in ray.nodes() if n["NodeID"] == node)
 
 
 def _not_loaded(settings: EngineSettings, policy: PolicyRef, cause: str) -> str:

@@ -38,7 +38,7 @@ def connect() -> None:
 
 def worker_environment() -> dict[str, Any]:
     """Ray's runtime_env for the workers of this driver."""
-    environment: dict[str, Any] = {"env_vars": dict(QUIET)}
+    environment: dict[str, Any] = {"env_vars": {**QUIET, **WATCHFUL}}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a submitted job brings its code in its working_dir
         return environment
     checkout = str(Path(__file__).resolve().parents[2])
@@ -48,6 +48,8 @@ def worker_environment() -> dict[str, Any]:
     return environment
 
 
+WATCHFUL = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+"""A node may have half a minute from notice to end; Ray Train would look every 5 s."""
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 

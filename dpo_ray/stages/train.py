@@ -24,7 +24,7 @@ from dpo_ray.train_worker import run_worker
 
 VERSION = 1
 CHANGES_NO_RESULT = {"resources", "checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt"}
-CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "collective_timeout_s"}
+CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "max_preemptions", "collective_timeout_s"}
 """Settings that can change between two attempts at one result: they change it by rounding at most."""
 
 
@@ -66,7 +66,9 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     rows = sum(f.rows or 0 for f in pairs.tables())
     # The name holds the fingerprint: a rerun resumes its own checkpoints, and no other round's are ever picked up.
     state, name = f"{context.directory}/state", f"attempt-{context.fingerprint[:12]}"
-    board = ray.remote(_Board).options(num_cpus=0).remote()
+    # On the driver's own node, so that no other node's end takes them.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
     arguments = {
         "config": config,
         "round": round_,
@@ -98,7 +100,9 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(
-                max_failures=block.max_failures, controller_failure_limit=block.max_setup_failures
+                max_failures=block.max_failures,
+                controller_failure_limit=block.max_setup_failures,
+                max_preemption_failures=block.max_preemptions,
             ),
             callbacks=[StopAtOurErrors()],
         ),
@@ -106,7 +110,7 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
     )
 
     def attempt() -> None:
-        done = ray.remote(fit).options(num_cpus=0, max_retries=0).remote(trainer)
+        done = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(trainer)
         while not ray.wait([done], timeout=0.5)[0]:
             latest = ray.get(board.latest.remote())
             if latest:
