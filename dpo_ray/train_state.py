@@ -286,7 +286,10 @@ def _fetched(where: Where, name: str, record: Record) -> Iterator[tuple[Path, li
             storage.delete_directory(str(scratch))
             storage.copy_directory(uri, str(scratch))
         every: list[Any] = [None] * world_size
-        dist.all_gather_object(every, [p for file in share if (p := _problem(near, file))], group=where.group)
+        found = [p for file in share if (p := _problem(near, file))]
+        if rank == 0 or scratch:
+            found += _strange(near, record)
+        dist.all_gather_object(every, found, group=where.group)
         yield near, [problem for own in every for problem in own]
         dist.barrier(where.group)  # the others may still be reading
     finally:
@@ -301,6 +304,13 @@ def _problem(directory: Path, file: FileRecord) -> str | None:
     if (size := path.stat().st_size) != file.bytes:
         return f"{file.path} has {size} bytes, expected {file.bytes}"
     return None if _sha256(path) == file.sha256 else f"{file.path} has other contents than were written"
+
+
+def _strange(directory: Path, record: Record) -> list[str]:
+    """What lies there for DCP to open (`.metadata`, also `__<rank>.metadata`, and shards) without a hash in the record."""
+    known = {file.path for file in record.files}
+    there = {path.name for path in directory.glob("*") if path.name.endswith((".metadata", ".distcp"))} | {".metadata"}
+    return [f"{name} is not in its {RECORD}" for name in sorted(there - known)]
 
 
 def lines(log: Log) -> bytes:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ import pytest
 from dpo_ray.quickstart.policy import build_policy
 
 ROOT = Path(__file__).resolve().parents[2]
+SECRETS = {
+    name: f"secret-{uuid.uuid4().hex}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
+}
+"""In the environment of every node and of whoever submits; test_job_submit.py looks for them in all that is written."""
 
 
 class Cluster(NamedTuple):
@@ -91,6 +96,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **SECRETS,
         }
         fixed = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
         command = [
