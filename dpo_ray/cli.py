@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dpo_ray.config import PreferenceRun, Run, RunConfig, run_class
+from dpo_ray.config import PreferenceRun, Run, RunConfig, SftRun, run_class
 from dpo_ray.config.block import CREDENTIALS
 from dpo_ray.errors import ConfigError
 
@@ -32,7 +32,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         epilog="Any field of the configuration can be set over the YAML, e.g. --train.beta 0.2:\n\n"
         + "\n".join(describe(RunConfig))
         + "\n\nand, of a run on existing preferences:\n\n"
-        + "\n".join(line for line in describe(PreferenceRun) if line not in describe(RunConfig)),
+        + "\n".join(line for line in describe(PreferenceRun) if line not in describe(RunConfig))
+        + "\n\nand, of supervised fine-tuning on conversations:\n\n"
+        + "\n".join(line for line in describe(SftRun) if line not in describe(RunConfig)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file of the run, e.g. pipelines/quickstart.yaml")
@@ -46,6 +48,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         action="append",
         default=[],
         help="run this stage again, and what follows it (e.g. train, round_00/pair)",
+    )
+    parser.add_argument(
+        "--next-round", action="store_true", help="in place of --rounds: those that are finished, and one more (for a schedule)"
     )
     arguments, rest = parser.parse_known_args(argv)
     return arguments, load_config(arguments.config, overrides(rest))
@@ -125,7 +130,11 @@ def _explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown field; see --help for the fields there are"
     if error["type"] == "missing":
-        instead = " (or give `preferences`)" if error["loc"] in (("prompts",), ("score",), ("prompts_per_round",)) else ""
+        instead = (
+            " (or give `preferences` or `conversations`)"
+            if error["loc"] in (("prompts",), ("score",), ("prompts_per_round",))
+            else ""
+        )
         return f"missing; it has no default, because it decides the result{instead}"
     got = "" if isinstance(error.get("input"), dict) else f" (got {CREDENTIALS.sub('***', repr(error.get('input')))})"
     return error["msg"].removeprefix("Value error, ") + got

@@ -6,9 +6,10 @@ Invariant: rows come from a map of this node's copy (`node_copy.py`), so that a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -90,17 +91,39 @@ class PairTable:
         Raises:
             ConfigError: it is longer.
         """
-        from dpo_ray.learn.batches import pair_tokens
+        name = lambda row: self.fetch([row]).pair_id[0]
+        advice = "generate.max_prompt_tokens and generate.sampling.max_new_tokens, or preferences.max_tokens"
+        check_budget(self.lengths, max_batch_tokens, share_prompt, "pair", ("chosen", "rejected"), name, advice)
 
-        tokens = pair_tokens(self.lengths, share_prompt=share_prompt)
-        row = int(tokens.argmax())
-        if tokens[row] > max_batch_tokens:
-            prompt, chosen, rejected = self.lengths[row].tolist()
-            layout = "" if share_prompt else ", each completion in a row of its own behind the prompt, padded to the longer"
-            raise ConfigError(
-                f"train.max_batch_tokens={max_batch_tokens} is below the longest pair: {self.fetch([row]).pair_id[0]} has "
-                f"{tokens[row]} tokens (prompt {prompt}, chosen {chosen}, rejected {rejected}{layout}), and "
-                f"{int((tokens > max_batch_tokens).sum())} of {len(self)} pairs are too long. Set it to at least "
-                f"{tokens[row]}, or lower the limits that let such pairs in: generate.max_prompt_tokens and "
-                "generate.sampling.max_new_tokens, or preferences.max_tokens"
-            )
+
+def check_budget(
+    lengths: np.ndarray,
+    max_batch_tokens: int,
+    share_prompt: bool,
+    kind: str,
+    completions: Sequence[str],
+    name: Callable[[int], str],
+    limits: str,
+) -> None:
+    """Hold the longest row of a table, in the layout of the batches, against the budget of a micro-batch.
+
+    Args:
+        lengths: (rows, 1 + C) tokens of prompt and completions.
+        kind, completions, limits: what a row, its completions and the options that limit them are called.
+        name: id of a row.
+
+    Raises:
+        ConfigError: it is longer.
+    """
+    from dpo_ray.learn.batches import row_tokens
+
+    tokens = row_tokens(lengths, share_prompt=share_prompt)
+    row = int(tokens.argmax())
+    if tokens[row] > max_batch_tokens:
+        parts = ", ".join(f"{part} {n}" for part, n in zip(("prompt", *completions), lengths[row].tolist(), strict=True))
+        layout = "" if share_prompt else ", each completion in a row of its own behind the prompt, padded to the longest"
+        raise ConfigError(
+            f"train.max_batch_tokens={max_batch_tokens} is below the longest {kind}: {name(row)} has {tokens[row]} tokens "
+            f"({parts}{layout}), and {int((tokens > max_batch_tokens).sum())} of {len(lengths)} {kind}s are too long. Set it "
+            f"to at least {tokens[row]}, or lower the limits that let such {kind}s in: {limits}"
+        )

@@ -76,8 +76,11 @@ def quickstart_rows(config: Prompts) -> Iterator[SourceRow]:
 
 def source_fingerprint(config: Prompts) -> dict[str, str]:
     """Return a hash of each thing that the source names; see `sources.source_fingerprint`."""
-    if config.source != QUICKSTART:
-        return sources.source_fingerprint(config)
+    return quickstart_fingerprint() if config.source == QUICKSTART else sources.source_fingerprint(config)
+
+
+def quickstart_fingerprint() -> dict[str, str]:
+    """Return a hash of what writes the embedded prompts and conversations."""
     path = Path(__file__).parent / "quickstart" / "reviews.py"
     return {"dpo_ray/quickstart/reviews.py": hashlib.sha256(path.read_bytes()).hexdigest()}
 

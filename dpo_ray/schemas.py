@@ -8,6 +8,8 @@
 | COMPARISONS | pair | preferences |
 | PREFERENCES | pair | pair, ingest |
 | REFERENCED | pair | reference |
+| CONVERSATIONS | conversation | conversations |
+| TURNS | row of turns | tokenize |
 
 Ids are content hashes; every match is by key, never by position. A field that is not nullable is never null.
 While a table is inside a stage it also carries PART and DROP_REASON (see flow/parts.py).
@@ -99,6 +101,23 @@ REFERENCED = pa.schema(
         _required("reference_id", pa.string()),
         pa.field("ref_chosen_token_logps", pa.list_(pa.float32())),  # of each token, where asked for
         pa.field("ref_rejected_token_logps", pa.list_(pa.float32())),
+    ]
+)
+CONVERSATIONS = pa.schema(
+    [
+        _required("conversation_id", pa.string()),
+        _required("messages", MESSAGES),
+        _required("split", pa.string()),  # train or eval
+        pa.field("tools", pa.string()),  # JSON list for the chat template
+    ]
+)
+TURNS = pa.schema(
+    [
+        _required("turns_id", pa.string()),
+        _required("conversation_id", pa.string()),
+        _required("prompt_token_ids", TOKENS),  # up to where the first assistant turn of the row begins
+        _required("completion_token_ids", TOKENS),  # from there to the end of the last one
+        _required("assistant_positions", TOKENS),  # in the completion: what the loss is of
     ]
 )
 

@@ -30,7 +30,22 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
 
 def round_result(metrics: dict[str, Any]) -> str:
     """The round's result in a few lines of words and figures."""
+    if "eval_loss_start" in metrics:
+        return taught_result(metrics)
     return sampled_result(metrics) if "win_rate" in metrics else pairs_result(metrics)
+
+
+def taught_result(m: dict[str, Any]) -> str:
+    """What held-out conversations say."""
+    start, mean = (_number(m[f"eval_conversation_loss{when}"], 3) for when in ("_start", ""))
+    return "\n".join(
+        [
+            f"held-out loss                {m['eval_loss_start']:.4f} -> {m['eval_loss']:.4f} nats an assistant token "
+            f"({m['eval_tokens']} of {m['eval_conversations']} conversations)",
+            f"  mean over conversations    {start} -> {mean} +- {_number(m['eval_conversation_loss_se'], 3)}",
+            f"perplexity                   {m['eval_perplexity_start']:.2f} -> {m['eval_perplexity']:.2f}",
+        ]
+    )
 
 
 def pairs_result(m: dict[str, Any]) -> str:

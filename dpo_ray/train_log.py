@@ -67,7 +67,7 @@ def check_reports(report_to: Sequence[str]) -> None:
         )
 
 
-def open_log(directory: str, config: Run, round_: int, kept: Sequence[Line]) -> Log:
+def open_log(directory: str, config: Run, round_: int | None, kept: Sequence[Line]) -> Log:
     """Open the log of a round's training.
 
     Args:
@@ -132,7 +132,7 @@ def _tensorboard(path: Path, done: int) -> _Sink:
     return _Sink(write, writer.close)
 
 
-def _wandb(directory: Path, config: Run, round_: int, ids: dict[str, str]) -> _Sink:
+def _wandb(directory: Path, config: Run, round_: int | None, ids: dict[str, str]) -> _Sink:
     wandb: Any = importlib.import_module("wandb")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", config.name),
@@ -146,7 +146,7 @@ def _wandb(directory: Path, config: Run, round_: int, ids: dict[str, str]) -> _S
     return _Sink(lambda line: run.log(_points(line), step=int(line["step"])), run.finish)
 
 
-def _mlflow(config: Run, round_: int, ids: dict[str, str]) -> _Sink:
+def _mlflow(config: Run, round_: int | None, ids: dict[str, str]) -> _Sink:
     mlflow: Any = importlib.import_module("mlflow")
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", config.name))
     mlflow.start_run(run_id=ids.get("mlflow"), run_name=_name(config, round_))
@@ -156,8 +156,8 @@ def _mlflow(config: Run, round_: int, ids: dict[str, str]) -> _Sink:
     return _Sink(lambda line: mlflow.log_metrics(_points(line), step=int(line["step"])), mlflow.end_run)
 
 
-def _name(config: Run, round_: int) -> str:
-    return f"{config.name}/round_{round_:02d}"
+def _name(config: Run, round_: int | None) -> str:
+    return config.name if round_ is None else f"{config.name}/round_{round_:02d}"
 
 
 def _points(line: Line) -> dict[str, float]:

@@ -16,14 +16,9 @@ from typing import Any
 import numpy as np
 
 from dpo_ray import train_log
-from dpo_ray.config import Run, Train
+from dpo_ray.config import Run, TrainBlock
 from dpo_ray.engines.policies import PolicyRef, local_path
 from dpo_ray.flow import storage
-from dpo_ray.pair_table import PairTable, columns_of
-
-START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far the loss of step 0 may lie from its known value, by compute type; an engine's own values round as bfloat16 does."""
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "kl_ref_to_policy", "step_time_s", "tokens_per_s")
 
 
 def run_worker(arguments: dict[str, Any]) -> None:
@@ -32,13 +27,14 @@ def run_worker(arguments: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from dpo_ray import train_state
-    from dpo_ray.learn import dpo, speed
+    from dpo_ray.learn import speed
+    from dpo_ray.train_objectives import open_work
 
     config: Run = arguments["config"]
     block, start, directory, board = config.train, arguments["policy"], arguments["directory"], arguments["board"]
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    device, seed = _set_up(config), config.seed + arguments["round"]
-    table = PairTable(arguments["tables"], columns_of(block), arguments["table_hash"])
+    device, seed = _set_up(config), config.seed + (arguments["round"] or 0)
+    table, take, shown, num_targets = open_work(arguments)
     table.check_budget(block.max_batch_tokens, share_prompt=block.share_prompt != "never")  # before the policy is loaded
     model, optimizer, path, pad_token_id = _load(start, block, device, table.longest(), seed=seed)
     table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
@@ -46,49 +42,47 @@ def run_worker(arguments: dict[str, Any]) -> None:
     where, noticed = _checkpoints(arguments), _notices(block)
     urgent: set[int] = set()
     done, lines = train_state.resume(where, model, optimizer)
-    log: Any = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
+    log = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
     saving: Any = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept}
     saving["publish"] = lambda _: log.publish()
-    measured, num_pairs = _measured(model, block, device, world_size), len(table) * block.epochs
+    measured, num_rows = _measured(model, block, device, world_size), len(table) * block.epochs
     tokens = sum(line["num_tokens"] for line in lines)
     if rank == 0:
-        board.put.remote(plan.pairs_before(done), num_pairs, {"tokens": tokens})
+        board.put.remote(plan.rows_before(done), num_rows, {"tokens": tokens})
 
     def read_after(step: int) -> bool:
         if noticed():
             urgent.add(step)
         return step in urgent or step % block.logging_steps == 0 or step % block.checkpoint_steps == 0
 
-    steps = dpo.dpo_steps(
+    steps = take(
         model,
         optimizer,
-        table.fetch,
         plan,
         path,
-        _objective(block),
-        table.lengths,
         learning_rate_for=functools.partial(_learning_rate, block, len(plan)),
         max_grad_norm=block.max_grad_norm,
         pad_token_id=pad_token_id,
         device=device,
         start_step=done,
         read_after=read_after,
-        start_tolerance=start_tolerance(config, arguments["reference"], start.identity),
     )
-    with contextlib.closing(log), train_state.saving(where, model, optimizer, **saving) as save:
+    counted: Any = {"share_prompt": path.share_prompt, "num_targets": num_targets}
+    with contextlib.ExitStack() as closing, train_state.saving(where, model, optimizer, **saving) as save:
+        closing.callback(log.close)
         started = time.perf_counter()
         for metrics in steps:
             seconds, taken = time.perf_counter() - started, plan[done : done + len(metrics)]
-            timed = speed.interval_metrics(taken, table.lengths, seconds, *measured, share_prompt=path.share_prompt)
+            timed = speed.interval_metrics(taken, table.lengths, seconds, *measured, **counted)
             memory = {"peak_memory_gib": speed.peak_memory_gib(device)}
             for of_step, of_interval in zip(metrics, timed, strict=True):
                 done += 1
                 lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval, **memory})
             log.write(lines[-len(metrics) :])
             if rank == 0:
-                shown = {name: lines[-1][name] for name in SHOWN if name in lines[-1]}
                 tokens += sum(line["num_tokens"] for line in lines[-len(metrics) :])
-                board.put.remote(plan.pairs_before(done), num_pairs, {**shown, "tokens": tokens})
+                seen = {name: lines[-1][name] for name in shown if name in lines[-1]}
+                board.put.remote(plan.rows_before(done), num_rows, {**seen, "tokens": tokens})
             save(done, lines, done in urgent)
             started = time.perf_counter()
     _export(model, start, directory, rank)
@@ -125,7 +119,7 @@ def _checkpoints(arguments: dict[str, Any]) -> Any:
     return Where(*owner, group, ray.train.get_context().get_local_rank())
 
 
-def _notices(block: Train) -> Callable[[], bool]:
+def _notices(block: TrainBlock) -> Callable[[], bool]:
     """Whether a node is about to be taken away, as preemption.watch; every rank calls it, for a group of their own."""
     import torch.distributed as dist
 
@@ -135,7 +129,7 @@ def _notices(block: Train) -> Callable[[], bool]:
     return preemption.watch(group)
 
 
-def _measured(model: Any, block: Train, device: Any, world_size: int) -> tuple[Any, float]:
+def _measured(model: Any, block: TrainBlock, device: Any, world_size: int) -> tuple[Any, float]:
     """FLOPs of a token, and FLOP/s that all workers could reach."""
     import torch
 
@@ -144,33 +138,14 @@ def _measured(model: Any, block: Train, device: Any, world_size: int) -> tuple[A
     return speed.token_flops(model), world_size * speed.matmul_peak(device, getattr(torch, block.dtype))
 
 
-def start_tolerance(config: Run, reference: str | None, start: str) -> float | None:
-    """How far the loss of step 0 may lie from its known value; None where it is not known.
-
-    Args:
-        reference: identity of the policy that the pairs have log-probabilities of, if any.
-        start: of the one that training starts from.
-    """
-    if reference != start:
-        return None
-    return START_TOLERANCE["bfloat16" if config.reference.reuse == "sampler" else config.train.dtype]
-
-
-def _objective(block: Train) -> Any:
-    from dpo_ray.learn.losses import Term
-    from dpo_ray.learn.objective import Objective
-
-    return Objective([Term(*term) for term in block.terms()], block.beta, block.wpo, block.ld_alpha)
-
-
-def _learning_rate(block: Train, num_steps: int, step: int) -> float:
+def _learning_rate(block: TrainBlock, num_steps: int, step: int) -> float:
     from dpo_ray.learn.optim import learning_rate_at
 
     warmup_steps = block.num_warmup_steps(num_steps)
     return learning_rate_at(step, num_steps, peak=block.learning_rate, warmup_steps=warmup_steps, schedule=block.schedule)
 
 
-def _load(start: PolicyRef, block: Train, device: Any, longest: Any, *, seed: int) -> tuple[Any, Any, Any, int]:
+def _load(start: PolicyRef, block: TrainBlock, device: Any, longest: Any, *, seed: int) -> tuple[Any, Any, Any, int]:
     """The policy with float32 master weights, sharded over all workers, its optimizer, its path and the token that pads."""
     import ray.train
     import torch
@@ -231,7 +206,7 @@ def _export(model: Any, start: PolicyRef, directory: str, rank: int) -> None:
         storage.write_json(f"{directory}/identity.json", {"identity": identity})
 
 
-def plan_steps(lengths: np.ndarray, block: Train, world_size: int, *, seed: int, share_prompt: bool) -> Any:
+def plan_steps(lengths: np.ndarray, block: TrainBlock, world_size: int, *, seed: int, share_prompt: bool) -> Any:
     """Every step of every epoch, as learn.batches.Plan."""
     from dpo_ray.learn.batches import Plan
 

@@ -2,6 +2,7 @@
 
     prompts -> generate -> score -> pair -> reference -> train -> evaluate -> next round
     preferences ------------------> pair
+    conversations -> tokenize --------------------------> train -> evaluate   (supervised fine-tuning, before the first round)
 
 Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a cluster with
 `ray job submit --working-dir . -- python pipelines/full_round.py pipelines/quickstart.yaml`. `--help` lists all fields.
@@ -9,6 +10,7 @@ Run it with `python pipelines/full_round.py pipelines/quickstart.yaml`, or on a 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, without installing it
 
 from dpo_ray.cli import parse_arguments
-from dpo_ray.config import PreferenceRun, Run, RunConfig
+from dpo_ray.config import PreferenceRun, Round, Run, RunConfig, SftRun
 from dpo_ray.errors import ConfigError, DpoRayError
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def plan(config: Run) -> list[Stage]:
     """The stages of every round, in order. Making them runs nothing."""
     from dpo_ray.stages import policy, reference, train
 
+    if isinstance(config, SftRun):
+        return fine_tuning(config)
     stages = [policy.stage(config, config.policy, config.policy_revision), data(config)]
     anchor = config.reference.policy or "initial"
     if anchor not in ("initial", "previous"):
@@ -38,22 +42,44 @@ def plan(config: Run) -> list[Stage]:
     for r in range(config.rounds):
         held_by = {"initial": "policy", "previous": start}.get(anchor, "reference_policy")
         stages += pairs(config, r, start)
+        rows = f"round_{r:02d}/pair"
         if config.train.needs_reference:
             stages.append(reference.stage(config, r, held_by))
-        stages.append(train.stage(config, r, start))
+            rows = stages[-1].key
+        stages.append(train.stage(config, r, start, rows))
         stages.append(evaluation(config, r, start, held_by))
         start = f"round_{r:02d}/train"  # the next round starts from the policy that this one trained
     return stages
 
 
-def data(config: Run) -> Stage:
+def fine_tuning(config: SftRun) -> list[Stage]:
+    """The stages of supervised fine-tuning: what a round starts from must follow the format already."""
+    from dpo_ray.stages import conversations, evaluate_sft, policy, tokenize, train
+
+    block = config.conversations
+    steps = evaluate_sft.Steps(
+        held_out=lambda artifact: conversations.parts(artifact, config, held_out=True),
+        tokenize=lambda ds, policy: tokenize.tokenize(ds, policy, block),
+        tokenize_tasks=tokenize.tasks(block),
+        tokenize_config=tokenize.result_config(block),
+    )
+    return [
+        policy.stage(config, config.policy, config.policy_revision),
+        conversations.stage(config),
+        tokenize.stage(config, "policy", lambda artifact: conversations.parts(artifact, config, held_out=False)),
+        train.stage(config, None, "policy", "tokenize"),
+        evaluate_sft.stage(config, "policy", "train", steps),
+    ]
+
+
+def data(config: Round) -> Stage:
     """What all rounds take their rows from: prompts, or preferences that exist already."""
     from dpo_ray.stages import preferences, prompts
 
     return preferences.stage(config) if isinstance(config, PreferenceRun) else prompts.stage(config)
 
 
-def pairs(config: Run, round_: int, start: str) -> list[Stage]:
+def pairs(config: Round, round_: int, start: str) -> list[Stage]:
     """The stages that end in the round's pairs."""
     from dpo_ray.stages import generate, ingest, pair, preferences, prompts, score
 
@@ -66,7 +92,7 @@ def pairs(config: Run, round_: int, start: str) -> list[Stage]:
     ]
 
 
-def evaluation(config: Run, round_: int, start: str, reference: str) -> Stage:
+def evaluation(config: Round, round_: int, start: str, reference: str) -> Stage:
     """The stage that says whether the round helped: on held-out prompts, or on held-out pairs."""
     from dpo_ray.stages import evaluate, evaluate_pairs, generate, ingest, preferences
 
@@ -117,9 +143,18 @@ def cut(stages: list[Stage], until: str | None, redo: list[str]) -> list[Stage]:
     return stages[: last + 1]
 
 
+def finished_rounds(directory: str) -> int:
+    """Rounds of the run that are evaluated, which is how a round ends."""
+    from dpo_ray.flow.artifact import read_artifact
+
+    return next(r for r in itertools.count() if read_artifact(f"{directory}/round_{r:02d}/evaluate") is None)
+
+
 def main() -> int:
     try:
         arguments, config = parse_arguments()
+        if arguments.next_round:
+            _, config = parse_arguments([*sys.argv[1:], "--rounds", str(finished_rounds(config.directory) + 1)])
         run(arguments.dry_run, arguments.until, arguments.redo, config)
     except DpoRayError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
@@ -156,8 +191,10 @@ def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
     print(f"\n{summary.outcome_table(outcomes)}")
     for outcome in outcomes:
         if outcome.stage.name == "evaluate":
-            print(f"\nround {outcome.stage.round}\n{summary.round_result(outcome.artifact.manifest.metrics)}")
-            print(f"policy                       {config.directory}/round_{outcome.stage.round:02d}/train/policy")
+            round_ = "" if outcome.stage.round is None else f"round {outcome.stage.round}\n"
+            print(f"\n{round_}{summary.round_result(outcome.artifact.manifest.metrics)}")
+            trained = outcome.stage.key.removesuffix("evaluate") + "train/policy"
+            print(f"policy                       {config.directory}/{trained}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dpo_ray.config import (
     Generate,
     PreferenceRun,
     RunConfig,
+    SftRun,
     TrainResources,
     run_class,
 )
@@ -350,6 +351,34 @@ def test_preference_run_of_several_rounds_needs_pairs_per_round():
     with pytest.raises(ValidationError, match="pairs_per_round"):
         PreferenceRun.model_validate(tree)
     assert PreferenceRun.model_validate(tree | {"pairs_per_round": 4}).rounds == 2
+
+
+def minimal_sft() -> dict[str, Any]:
+    return {
+        "name": "run",
+        "root": "/data",
+        "policy": "some/policy",
+        "conversations": {"source": "chats.jsonl"},
+        "train": {"learning_rate": 1e-5, "dtype": "float32"},
+    }
+
+
+def test_sft_run_is_chosen_by_its_block_and_needs_no_beta():
+    assert run_class(minimal_sft()) is SftRun
+    assert SftRun.model_validate(minimal_sft()).train.mean_over == "tokens"
+
+
+@pytest.mark.parametrize("block", ["prompts", "preferences", "generate", "score", "pair", "reference", "rounds"])
+def test_sft_run_refuses_what_belongs_to_rounds(block):
+    with pytest.raises(ValidationError, match=f"{block} would be ignored"):
+        SftRun.model_validate(minimal_sft() | {block: {}})
+
+
+@pytest.mark.parametrize("option", ["beta", "loss", "wpo"])
+def test_sft_run_refuses_options_of_preference_losses(option):
+    tree = minimal_sft()
+    with pytest.raises(ValidationError, match=option):
+        SftRun.model_validate(tree | {"train": tree["train"] | {option: 1}})
 
 
 # Options that another one leaves without effect

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_ray.config import PreferenceRun, RunConfig
+from dpo_ray.config import PreferenceRun, RunConfig, SftRun
 from dpo_ray.errors import ConfigError
 from pipelines import full_round
 
-from .test_config import minimal, minimal_preferences
+from .artifacts import commit
+from .test_config import minimal, minimal_preferences, minimal_sft
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "pipelines/full_round.py")
@@ -27,6 +28,13 @@ def plan(**fields):
 
 def preference_plan(**fields):
     return full_round.plan(PreferenceRun.model_validate(minimal_preferences() | fields))
+
+
+def test_plan_of_fine_tuning_ends_in_a_policy_of_no_round():
+    stages = full_round.plan(SftRun.model_validate(minimal_sft()))
+    assert [s.key for s in stages] == ["policy", "conversations", "tokenize", "train", "evaluate"]
+    assert by_key(stages)["train"].inputs == {"pairs": "tokenize", "policy": "policy"}
+    assert by_key(stages)["evaluate"].inputs["policy"] == "train"
 
 
 def by_key(stages):
@@ -190,6 +198,36 @@ def test_cut_keeps_the_plan_up_to_and_with_the_stage(until, last):
 def test_cut_unknown_stage_is_a_config_error_that_lists_the_stages(until, redo):
     with pytest.raises(ConfigError, match=r"no stage '(pears|round_07/train)'.*round_00/pair"):
         full_round.cut(plan(), until, redo)
+
+
+@pytest.mark.parametrize(
+    ("committed", "rounds"),
+    [
+        ([], 1),
+        (["round_00/generate", "round_00/train"], 1),
+        (["round_00/evaluate"], 2),
+        (["round_00/evaluate", "round_01/evaluate", "round_02/train"], 3),
+    ],
+)
+def test_full_round_next_round_goes_on_with_a_half_done_round_and_else_adds_one(tmp_path, monkeypatch, committed, rounds):
+    tree = minimal() | {"root": str(tmp_path), "reference": "initial"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    for key in committed:
+        commit(tmp_path / tree["name"] / key, [])
+    asked = []
+    monkeypatch.setattr(full_round, "run", lambda dry_run, until, redo, config: asked.append(config.rounds))
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(tmp_path / "run.yaml"), "--next-round"])
+    assert full_round.main() == 0
+    assert asked == [rounds]
+
+
+def test_full_round_next_round_needs_a_reference_from_the_second_on(tmp_path):
+    tree = minimal() | {"root": str(tmp_path)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    commit(tmp_path / tree["name"] / "round_00/evaluate", [])
+    done = run_script(str(tmp_path / "run.yaml"), "--next-round")
+    assert done.returncode == 1
+    assert "rounds=2 needs `reference: initial" in done.stderr
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -125,8 +125,8 @@ def test_report_without_its_package_is_refused_when_the_plan_is_made(monkeypatch
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(train_log.importlib.util, "find_spec", lambda asked: None)
     with pytest.raises(ConfigError, match=rf"report_to: {name} is not installed; .*pip install 'dpo-ray\[{name}\]'"):
-        train.stage(config(name), 0, "policy")
-    train.stage(config(), 0, "policy")
+        train.stage(config(name), 0, "policy", "round_00/reference")
+    train.stage(config(), 0, "policy", "round_00/reference")
 
 
 def test_report_to_mlflow_without_a_tracking_uri_is_refused(monkeypatch):
@@ -140,7 +140,10 @@ def test_report_to_mlflow_without_a_tracking_uri_is_refused(monkeypatch):
 
 def test_report_to_is_in_no_fingerprint(monkeypatch):
     monkeypatch.setattr(train_log.importlib.util, "find_spec", lambda asked: object())
-    assert train.stage(config("wandb"), 0, "policy").config == train.stage(config(), 0, "policy").config
+    assert (
+        train.stage(config("wandb"), 0, "policy", "round_00/reference").config
+        == train.stage(config(), 0, "policy", "round_00/reference").config
+    )
 
 
 class Calls(types.ModuleType):

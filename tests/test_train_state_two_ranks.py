@@ -1,24 +1,19 @@
-"""Resume over two gloo processes, on as many workers as before and on another number. One spawn runs every scenario."""
+"""Resume over two gloo processes, on as many workers as before and on another number."""
 
 import os
 import resource
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from dpo_ray import preemption, train_state
 from dpo_ray.errors import StageError
 
-from .learn import tiny, training
+from .learn import ranks, tiny, training
 
 PAIRS = tiny.build_pairs(13)
 EVERY, NUM_STEPS = 2, 6
-COLLECTIVE_TIMEOUT_S, SPAWN_TIMEOUT_S = 60, 150
 
 
 def plan(world_size: int):
@@ -76,18 +71,15 @@ def damaged_shard_of_the_other_rank(root: Path, path: str):
     return run(root, "damaged", path)
 
 
-def notices_of(rank: int) -> list[bool]:
+def notices() -> list[bool]:
     """What each of six steps hears where rank 1 alone learns of a node that goes, after its second, and of one more later."""
-    told = iter([0, 0, 1, 1, 2, 2] if rank == 1 else [0] * 6)
+    told = iter([0, 0, 1, 1, 2, 2] if dist.get_rank() == 1 else [0] * 6)
     noticed = preemption.watch(dist.new_group(backend="gloo"), lambda: next(told))
     return [noticed() for _ in range(6)]
 
 
-def run_rank(rank: int, root: Path, path: str) -> None:
-    torch.set_num_threads(1)
-    store, timeout = dist.FileStore(str(root / "store"), 2), timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    results = {
+def every_scenario(root: Path, path: str) -> dict:
+    return {
         "uninterrupted": run(root, "uninterrupted", path),
         "killed": run(root, "two", path, until=5),
         "resumed": run(root, "two", path),
@@ -95,11 +87,8 @@ def run_rank(rank: int, root: Path, path: str) -> None:
         "full": with_one_full_disk(root, path),
         "damaged": damaged_shard_of_the_other_rank(root, path),
         "to one": run(root, "to one", path, until=5),
-        "notices": notices_of(rank),
+        "notices": notices(),
     }
-    torch.save(results, root / f"results-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +113,7 @@ def one_rank(root, path):
 @pytest.fixture(scope="module")
 def results(root, path, one_rank) -> list[dict]:
     """Each rank's results."""
-    context = multiprocessing.start_processes(run_rank, args=(root, path), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + SPAWN_TIMEOUT_S
-    try:
-        while not context.join(timeout=1):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took longer than {SPAWN_TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(root / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
+    return ranks.run_ranks(every_scenario, 2, root, root, path)
 
 
 def same(log, wanted) -> bool:

@@ -114,3 +114,30 @@ class TranscriptPreferences(PreferenceSource):
 
 
 Preferences = Annotated[ExplicitPreferences | TranscriptPreferences, Field(discriminator="kind")]
+
+
+class Conversations(Source):
+    """Chats whose assistant turns are what the policy learns to say."""
+
+    block: ClassVar[str] = "conversations"
+    source: str
+    """A .jsonl, .parquet or .csv file or glob (also .gz but for parquet), `datasets:<hub id or path>`, or `quickstart`."""
+    messages_column: str = "messages"
+    """Column with the chat: a list of {role, content} that ends with an assistant's turn, or its JSON."""
+    system_prompt: str | None = None
+    """Put before every chat that does not start with a system turn."""
+    tools_column: str | None = None
+    """Column with tool definitions for the chat template (a list, or its JSON)."""
+    num_conversations: int | None = Field(default=None, ge=1)
+    """Read at most this many rows of the source."""
+    eval_conversations: int = Field(default=256, ge=1)
+    """Conversations held out for evaluation: about this many, chosen by hash."""
+    split_by: SplitBy = "conversation"
+    """What the hash of the split is taken of: system prompt and first user turn, or the whole conversation."""
+    max_tokens: int = Field(default=2048, ge=2)
+    """A conversation with more tokens is quarantined, never cut."""
+    chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. {enable_thinking: false}."""
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
+    """A stage fails when more than this share of its rows is unusable. Duplicates in the source do not count."""
+    resources: DataResources = DataResources(rows_per_part=256)

@@ -1,4 +1,5 @@
-"""The configuration of a run, shaped like the pipeline: on prompts (`RunConfig`), or on preferences (`PreferenceRun`)."""
+"""The configuration of a run, shaped like the pipeline: DPO on prompts (`RunConfig`) or on preferences (`PreferenceRun`), or
+supervised fine-tuning on conversations (`SftRun`)."""
 
 from __future__ import annotations
 
@@ -9,34 +10,31 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from dpo_ray.config.block import URI, Block
-from dpo_ray.config.data import Preferences, Prompts
-from dpo_ray.config.stages import Evaluate, EvaluatePairs, Generate, Pair, Reference, Score, Train
+from dpo_ray.config.data import Conversations, Preferences, Prompts
+from dpo_ray.config.stages import Evaluate, EvaluatePairs, EvaluateSft, Generate, Pair, Reference, Score
+from dpo_ray.config.train import SftTrain, Train, TrainBlock
+
+EMBEDDED = ("quickstart", "quickstart-base")
+"""Policies that come with the package."""
 
 
 class RunBlock(Block):
-    """What every run has, wherever its pairs come from."""
+    """What every run has."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The run's directory under root."""
     root: str
     """Absolute path (`~` is expanded) or URI (s3://, gs://) that every node of the cluster sees."""
     policy: str
-    """What round 0 starts from: a hub id, a local directory, or `quickstart`."""
+    """What training starts from: a hub id, a local directory, `quickstart`, or `quickstart-base` (random weights)."""
     policy_revision: str | None = None
     """Commit or tag of a hub policy."""
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along."""
     seed: int = 0
-    rounds: int = Field(default=1, ge=1)
     max_wait_s: float = Field(default=3600.0, gt=0)
     """Longest that a stage waits for the nodes that it needs; then the run ends, and the same command goes on from there."""
-    reference: Reference = Reference()
-    train: Train
-
-    @field_validator("reference", mode="before")
-    @classmethod
-    def reference_policy_alone_is_short_for_the_block(cls, value: Any) -> Any:
-        return {"policy": value} if isinstance(value, str) else value
+    train: TrainBlock
 
     @field_validator("root")
     @classmethod
@@ -52,7 +50,30 @@ class RunBlock(Block):
         return path.rstrip("/")
 
     @model_validator(mode="after")
-    def several_rounds_name_their_reference(self) -> RunBlock:
+    def revisions_belong_to_hub_policies(self) -> RunBlock:
+        if self.policy_revision and (self.policy in EMBEDDED or self.policy.startswith(("/", "./", "../", "~"))):
+            raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
+        return self
+
+    @property
+    def directory(self) -> str:
+        return f"{self.root}/{self.name}"
+
+
+class RoundBlock(RunBlock):
+    """What DPO rounds have, wherever their pairs come from."""
+
+    rounds: int = Field(default=1, ge=1)
+    reference: Reference = Reference()
+    train: Train
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def reference_policy_alone_is_short_for_the_block(cls, value: Any) -> Any:
+        return {"policy": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def several_rounds_name_their_reference(self) -> RoundBlock:
         if self.rounds > 1 and self.reference.policy is None:
             raise ValueError(
                 f"rounds={self.rounds} needs `reference: initial | previous | <path>`: whether the anchor stays at the "
@@ -61,7 +82,7 @@ class RunBlock(Block):
         return self
 
     @model_validator(mode="after")
-    def reference_options_need_a_reference(self) -> RunBlock:
+    def reference_options_need_a_reference(self) -> RoundBlock:
         ignored = self.reference.changed("cache", "per_token")
         if ignored and not self.train.needs_reference:
             raise ValueError(
@@ -71,13 +92,7 @@ class RunBlock(Block):
         return self
 
     @model_validator(mode="after")
-    def revisions_belong_to_hub_policies(self) -> RunBlock:
-        if self.policy_revision and (self.policy == "quickstart" or self.policy.startswith(("/", "./", "../", "~"))):
-            raise ValueError(f"policy_revision would be ignored: policy {self.policy!r} is no hub id; take it out")
-        return self
-
-    @model_validator(mode="after")
-    def sampler_values_serve_the_loss_of_every_round(self) -> RunBlock:
+    def sampler_values_serve_the_loss_of_every_round(self) -> RoundBlock:
         if self.reference.reuse == "none":
             return self
         if not self.train.needs_reference:
@@ -93,12 +108,8 @@ class RunBlock(Block):
             )
         return self
 
-    @property
-    def directory(self) -> str:
-        return f"{self.root}/{self.name}"
 
-
-class RunConfig(RunBlock):
+class RunConfig(RoundBlock):
     """A policy and prompts taken through one or more DPO rounds."""
 
     prompts_per_round: int = Field(ge=1)
@@ -129,7 +140,7 @@ class RunConfig(RunBlock):
         return self
 
 
-class PreferenceRun(RunBlock):
+class PreferenceRun(RoundBlock):
     """A policy and existing preferences taken through one or more DPO rounds, without generation or scorer."""
 
     pairs_per_round: int | None = Field(default=None, ge=1)
@@ -173,9 +184,31 @@ class PreferenceRun(RunBlock):
         return self
 
 
-Run = RunConfig | PreferenceRun
+class SftRun(RunBlock):
+    """A policy taught by conversations: what a round starts from must follow the format already."""
+
+    conversations: Conversations
+    train: SftTrain
+    evaluate: EvaluateSft = EvaluateSft()
+
+    @model_validator(mode="before")
+    @classmethod
+    def nothing_is_preferred(cls, tree: Any) -> Any:
+        others = ("prompts", "prompts_per_round", "generate", "score", "pair", "preferences", "reference", "rounds")
+        if ignored := [name for name in others if name in tree]:
+            raise ValueError(
+                f"{', '.join(ignored)} would be ignored: a run with `conversations` is supervised fine-tuning; take out these "
+                "or `conversations`"
+            )
+        return tree
 
 
-def run_class(tree: Mapping[str, Any]) -> type[RunConfig] | type[PreferenceRun]:
-    """Which of the two a YAML mapping describes."""
+Round = RunConfig | PreferenceRun
+Run = Round | SftRun
+
+
+def run_class(tree: Mapping[str, Any]) -> type[RunConfig] | type[PreferenceRun] | type[SftRun]:
+    """Which of them a YAML mapping describes."""
+    if "conversations" in tree:
+        return SftRun
     return PreferenceRun if "preferences" in tree else RunConfig

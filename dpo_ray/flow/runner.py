@@ -235,7 +235,7 @@ class _EngineHolder:
 
 def _manifest(stage: Stage, wanted: Mapping[str, Any], output: StageOutput, seconds: float) -> Manifest:
     dropped = sum(output.dropped.values())
-    one_to_one = stage.name not in ("pair", "train", "evaluate")
+    one_to_one = stage.name not in ("pair", "tokenize", "train", "evaluate")
     if one_to_one and output.rows_in != output.rows_out + dropped:
         raise StageError(
             f"{stage.key}: {output.rows_in} rows in, {output.rows_out} out, {dropped} dropped: the sums must agree"

@@ -37,22 +37,23 @@ class Plan(Sequence[Step]):
         """The same arguments give the same plan.
 
         Args:
-            lengths: (pairs, 3) integers, tokens of prompt, chosen and rejected; may lie in a memory map.
-            global_batch_size: pairs of one step over all ranks; only the last step of an epoch may have fewer.
+            lengths: (rows, 1 + C) integers, tokens of a row's prompt and of its C completions, such as chosen and
+                rejected; may lie in a memory map.
+            global_batch_size: rows of one step over all ranks; only the last step of an epoch may have fewer.
             world_size: number of ranks.
             max_batch_tokens: tokens of a micro-batch as the model sees them. With shared prompts these are the
-                `pair_tokens` of its pairs; else each sequence is padded to the longest.
+                `row_tokens` of its rows; else each sequence is padded to the longest.
             seed: order of the rows, new in each epoch.
             share_prompt: the layout of the batches, as `probe.choose_path` found it.
 
         Raises:
-            ValueError: lengths of another shape, a count below 1, or a pair over the budget.
+            ValueError: lengths of another shape, a count below 1, or a row over the budget.
         """
-        if lengths.ndim != 2 or lengths.shape[1] != 3:
-            raise ValueError(f"lengths has shape {lengths.shape}; expected (pairs, 3)")
+        if lengths.ndim != 2 or lengths.shape[1] < 2:
+            raise ValueError(f"lengths has shape {lengths.shape}; expected (rows, 1 + completions)")
         if min(epochs, global_batch_size, world_size, max_batch_tokens) < 1:
             raise ValueError(f"counts must be at least 1: {epochs=}, {global_batch_size=}, {world_size=}, {max_batch_tokens=}")
-        tokens = pair_tokens(lengths, share_prompt=share_prompt)
+        tokens = row_tokens(lengths, share_prompt=share_prompt)
         if tokens.max(initial=0) > max_batch_tokens:
             row = int(tokens.argmax())
             raise ValueError(f"row {row} has {tokens[row]} tokens, more than {max_batch_tokens=}; raise it, or drop the row")
@@ -73,8 +74,8 @@ class Plan(Sequence[Step]):
             raise IndexError(f"step {step} of {len(self)}")
         return self._cut(step % len(self))
 
-    def pairs_before(self, step: int) -> int:
-        """Pairs of all steps before `step`."""
+    def rows_before(self, step: int) -> int:
+        """Rows of all steps before `step`."""
         epoch, inside = divmod(step, self.steps_per_epoch)
         return epoch * len(self.lengths) + min(inside * self.global_batch_size, len(self.lengths))
 
@@ -85,15 +86,17 @@ class Plan(Sequence[Step]):
         epoch, inside = divmod(step, self.steps_per_epoch)
         start = inside * self.global_batch_size
         rows = self._order(epoch)[start : start + self.global_batch_size]
-        tokens = pair_tokens(self.lengths[rows], share_prompt=self.share_prompt).tolist()
+        tokens = row_tokens(self.lengths[rows], share_prompt=self.share_prompt).tolist()
         cut = _cut_packed if self.share_prompt else _cut_padded
         return cut(dict(zip(rows.tolist(), tokens, strict=True)), self.world_size, self.max_batch_tokens)
 
 
-def pair_tokens(lengths: np.ndarray, *, share_prompt: bool) -> np.ndarray:
-    """(pairs,) int64 tokens of each pair alone in a batch: prompt + chosen + rejected, or two rows padded to the longer."""
+def row_tokens(lengths: np.ndarray, *, share_prompt: bool) -> np.ndarray:
+    """(rows,) int64 tokens of each row alone in a batch: prompt + completions, or each behind a prompt, padded."""
     prompt, completions = lengths[:, 0].astype(np.int64), lengths[:, 1:]
-    return prompt + completions.sum(axis=1) if share_prompt else 2 * (prompt + completions.max(axis=1))
+    if share_prompt:
+        return prompt + completions.sum(axis=1)
+    return completions.shape[1] * (prompt + completions.max(axis=1))
 
 
 def _cut_packed(size: dict[int, int], world_size: int, max_batch_tokens: int) -> Step:

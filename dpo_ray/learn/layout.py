@@ -39,11 +39,11 @@ class Batch(NamedTuple):
     """(1, 1, C, 4) int64, one line a completion: start of its prompt, length of the prompt, start, length. None where a
     row is one sequence."""
     kept: torch.Tensor
-    """(K,) int64, into the flattened rows: the position before each completion token, completion after completion."""
+    """(K,) int64, into the flattened rows: the position before each target, completion after completion."""
     targets: torch.Tensor
-    """(K,) int64, the completion tokens."""
+    """(K,) int64, the completion tokens, or those of them that `keep` chose."""
     lengths: torch.Tensor
-    """(C,) int64, tokens of each completion; they sum to K."""
+    """(C,) int64, completion tokens of each completion that are in `targets`; they sum to K."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move every tensor; the host keeps the numbers of `attention`, which `lines` gives without waiting for the device.
@@ -116,6 +116,22 @@ def separate(groups: Sequence[Group], pad_token_id: int) -> Batch:
         kept.append(row * width + size - 1 + np.arange(len(completion)))
     targets = [completion for _, completion in rows]
     return Batch(torch.from_numpy(input_ids), None, None, _flat(kept), _flat(targets), _lengths(map(len, targets)))
+
+
+def keep(batch: Batch, positions: Sequence[TokenIds]) -> Batch:
+    """Take as targets only some positions of each completion, counted from its start; what stands in the rows stays.
+
+    Raises:
+        ValueError: a completion without any, or a position outside of it.
+    """
+    lengths = batch.lengths.tolist()
+    chosen = [np.asarray(own, np.int64) for own in positions]
+    for own, length in zip(chosen, lengths, strict=True):
+        if not len(own) or own.min() < 0 or own.max() >= length:
+            raise ValueError(f"positions {own.tolist()} of a completion of {length} tokens; expected at least one, all inside")
+    starts = np.cumsum([0, *lengths[:-1]])
+    taken = _flat([start + own for start, own in zip(starts, chosen, strict=True)])
+    return batch._replace(kept=batch.kept[taken], targets=batch.targets[taken], lengths=_lengths(map(len, chosen)))
 
 
 def _arrays(group: Group) -> tuple[np.ndarray, list[np.ndarray]]:

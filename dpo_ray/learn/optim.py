@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpo_ray.errors import ConfigError
@@ -18,6 +19,9 @@ def build_optimizer(
     Call it after `policy.shard`, so that the optimizer's state is sharded as well. Fused, it can be told on the device
     to skip a step, which `hold_back` does.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward leaves the root's weights gathered, and it is shards that are trained
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dpo_ray.learn.batches import Step
+from dpo_ray.learn.batches import Step, row_tokens
+from dpo_ray.learn.steps import posed_tokens
 
 CALIBRATION_S = 0.3
 GIB = 2**30
@@ -25,12 +26,12 @@ class StepTokens(NamedTuple):
     """Tokens of a step over all ranks."""
 
     posed: int
-    """Of prompt + chosen and of prompt + rejected of every pair: the work as it is asked for."""
+    """Of prompt + completion of every completion: the work as it is asked for."""
     computed: int
     """What the model sees of that, without padding: a shared prompt counts once."""
     padding: int
-    completion: int
-    """Of chosen and rejected: positions at which the head is computed."""
+    targets: int
+    """Completion tokens that the loss is of: positions at which the head is computed."""
 
 
 class Flops(NamedTuple):
@@ -40,27 +41,30 @@ class Flops(NamedTuple):
     head: int
 
 
-def step_tokens(step: Step, lengths: np.ndarray, *, share_prompt: bool) -> StepTokens:
+def step_tokens(step: Step, lengths: np.ndarray, *, share_prompt: bool, num_targets: np.ndarray | None = None) -> StepTokens:
     """Count the tokens of a planned step.
 
     Args:
-        lengths: (pairs, 3) tokens of prompt, chosen and rejected of every row.
+        lengths: (rows, 1 + C) tokens of the prompt and of the C completions of every row.
         share_prompt: the layout of the batches, as `probe.choose_path` found it.
+        num_targets: (rows,) completion tokens that the loss is of; None where it is all of them.
     """
-    batches = [lengths[rows] for micro_batches in step for rows in micro_batches if rows]
-    prompts, chosen, rejected = np.concatenate(batches).sum(axis=0).tolist()
-    posed, completion = 2 * prompts + chosen + rejected, chosen + rejected
+    batches = [rows for micro_batches in step for rows in micro_batches if rows]
+    of_step = lengths[[row for rows in batches for row in rows]]
+    prompts, *completions = of_step.sum(axis=0).tolist()
+    posed, completion = posed_tokens(of_step), sum(completions)
+    targets = completion if num_targets is None else int(sum(num_targets[rows].sum() for rows in batches))
     if share_prompt:
-        return StepTokens(posed, prompts + completion, 0, completion)
-    padded = sum(2 * len(rows) * int((rows[:, 0] + rows[:, 1:].max(axis=1)).max()) for rows in batches)
-    return StepTokens(posed, posed, padded - posed, completion)
+        return StepTokens(posed, prompts + completion, 0, targets)
+    padded = sum(len(rows) * int(row_tokens(lengths[rows], share_prompt=False).max()) for rows in batches)
+    return StepTokens(posed, posed, padded - posed, targets)
 
 
 def token_flops(model: PreTrainedModel) -> Flops:
     """6 FLOPs for each weight that a token meets (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 
     The body is every parameter but embeddings and head, of experts the share that a token is routed to; the head is
-    counted at completion tokens alone. Attention scores, and what is computed a second time in the backward, are not
+    counted at targets alone. Attention scores, and what is computed a second time in the backward, are not
     counted.
     """
     config: Any = model.config.get_text_config()
@@ -114,23 +118,30 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def interval_metrics(
-    steps: Sequence[Step], lengths: np.ndarray, seconds: float, flops: Flops, peak: float, *, share_prompt: bool
+    steps: Sequence[Step],
+    lengths: np.ndarray,
+    seconds: float,
+    flops: Flops,
+    peak: float,
+    *,
+    share_prompt: bool,
+    num_targets: np.ndarray | None = None,
 ) -> list[dict[str, float]]:
     """What is logged of each of the steps that one read of the metrics covers; times are those of the interval.
 
     - step_time_s: seconds of a step, mean over the interval.
     - tokens_per_s: posed tokens of all ranks a second, padding not counted.
     - mfu: model FLOPs a second divided by `peak`: body FLOPs of the computed tokens (no padding, a shared prompt once)
-      and head FLOPs of the completion tokens.
+      and head FLOPs of the targets.
     - tokens_saved: share of the posed tokens that sharing prompts spares.
     - padding: share of padding in what the model sees.
 
     Args:
-        lengths, share_prompt: as `step_tokens` has them.
+        lengths, share_prompt, num_targets: as `step_tokens` has them.
         peak: FLOP/s of all devices together.
     """
-    counts = [step_tokens(step, lengths, share_prompt=share_prompt) for step in steps]
-    work = sum(count.computed * flops.body + count.completion * flops.head for count in counts)
+    counts = [step_tokens(step, lengths, share_prompt=share_prompt, num_targets=num_targets) for step in steps]
+    work = sum(count.computed * flops.body + count.targets * flops.head for count in counts)
     speed = {
         "step_time_s": seconds / len(steps),
         "tokens_per_s": sum(count.posed for count in counts) / seconds,

@@ -7,25 +7,29 @@ The directory appears complete or not at all.
 """
 
 import hashlib
+import inspect
 import json
 import os
-import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
-from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from dpo_ray.learn import attention, logps, sft, steps, turns
+from dpo_ray.learn.batches import Plan
+from dpo_ray.learn.matmul import float32_matmul_fast_path
+from dpo_ray.learn.optim import build_optimizer, learning_rate_at
+from dpo_ray.learn.tokens import pad_token_id, turn_end_id
 from dpo_ray.quickstart import reviews
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -51,24 +55,23 @@ MODEL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
 """The last two suit a narrow model and texts of 60 tokens: with the library's defaults it learns to copy a title late."""
-NUM_STEPS = 800
+NUM_STEPS = 640
 BATCH_SIZE = 16
 MAX_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 30
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
-NUM_SHARDS = 2
-"""Parts of a batch that run at once, in a thread each. Splitting every operation over two threads instead gains a
-third where this gains a half, and becomes ten times slower when another process takes a core."""
-BATCHES_PER_BUCKET = 8
-"""Examples are sorted by length within this many batches, so that little of a batch is padding."""
+MAX_BATCH_TOKENS = 4096
+PATH = logps.Path(share_prompt=True, tiled_head=True)
+"""What `probe.choose_path` finds for the model; stated, so that the same steps are taken everywhere."""
 
 
-def policy_key(seed: int) -> str:
-    """Return a short hash of everything that decides the policy: the seed, our source and the library versions."""
-    sources = [Path(module).read_bytes() for module in (__file__, reviews.__file__)]
+def policy_key(seed: int, num_steps: int = NUM_STEPS) -> str:
+    """Return a short hash of everything that decides the policy: the seed, our sources and the library versions."""
+    sources = [Path(inspect.getfile(module)).read_bytes() for module in (sys.modules[__name__], reviews, sft, steps, turns)]
     decisive = {
         "seed": seed,
+        "num_steps": num_steps,
         "sources": [hashlib.sha256(source).hexdigest() for source in sources],
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
@@ -80,14 +83,16 @@ def build_policy(
     seed: int,
     *,
     num_steps: int = NUM_STEPS,
-    num_threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Train the policy and save it to `directory`, replacing what is there.
 
-    `num_threads` bounds the cores used (default: all; more than two gain nothing) and does not change the result.
-    `progress` is called with a line of text now and then. The caller's random state, torch thread count and matmul
-    precision are left as they were.
+    It uses one core: operations this small gain a third from a second one, and become ten times slower when another
+    process takes it. The caller's random state, torch thread count and matmul precision are left as they were.
+
+    Args:
+        num_steps: 0 leaves the random weights as they are.
+        progress: called with a line of text now and then.
     """
     directory = Path(directory).absolute()
     report = progress or (lambda _: None)
@@ -97,8 +102,8 @@ def build_policy(
         with _torch_settings(seed):
             tokenizer = _build_tokenizer(seed)
             model = _build_model(tokenizer)
-            num_threads = num_threads or os.cpu_count() or 1
-            _fine_tune(model, tokenizer, seed, num_steps=num_steps, num_threads=num_threads, report=report)
+            if num_steps:
+                _fine_tune(model, tokenizer, seed, num_steps=num_steps, report=report)
         with _no_progress_bars():
             model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -129,7 +134,7 @@ def _torch_settings(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.set_num_threads(1)
-        _set_fastest_exact_matmul()
+        float32_matmul_fast_path()
         try:
             yield
         finally:
@@ -137,29 +142,13 @@ def _torch_settings(seed: int) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-def _set_fastest_exact_matmul() -> None:
-    """Let torch use oneDNN for float32 matmuls (twice as fast on AVX-512) where that loses no precision."""
-    left, right = torch.rand(256, 256), torch.rand(256, 256)
-    exact = left.double() @ right.double()
-    torch.set_float32_matmul_precision("medium")
-    error = ((left @ right).double() - exact).abs().max() / exact.abs().max()
-    if error > 1e-5:
-        torch.set_float32_matmul_precision("highest")
-
-
-def _examples(num: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield `num` prompts and reviews of them."""
-    rng = random.Random(f"reviews-{seed}")
-    for request in reviews.requests(num, seed):
-        yield request.text, reviews.write_review(request, rng)
-
-
 def _build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE vocabulary from examples; any text round-trips."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    texts = [f"system\nuser\n{prompt}\nassistant\n{review}" for prompt, review in _examples(TOKENIZER_REVIEWS, seed)]
+    chats = reviews.conversations(TOKENIZER_REVIEWS, seed)
+    texts = ["system\n" + "\n".join(f"{turn['role']}\n{turn['content']}" for turn in chat) for chat in chats]
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -199,75 +188,45 @@ def _fine_tune(
     seed: int,
     *,
     num_steps: int,
-    num_threads: int,
     report: Callable[[str], None],
 ) -> None:
     """Teach `model` to answer prompts with reviews; every example is seen once."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=MAX_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, num_steps))
-    model.train()
-    # Plain attention: with torch's blocked CPU kernel a step on sequences this short takes twice as long.
-    with (
-        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        for step, batch in enumerate(_batches(tokenizer, seed, num_steps), 1):
-            shards = [batch[shard::NUM_SHARDS] for shard in range(NUM_SHARDS)]
-            num_targets = sum(len(ids) - num_prompt for ids, num_prompt in batch)
-            results = pool.map(_loss_and_gradients, repeat(model), shards, repeat(num_targets))
-            losses, gradients = zip(*results, strict=True)
-            for parameter, *parts in zip(parameters, *gradients, strict=True):
-                parameter.grad = sum(parts[1:], parts[0])
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0 or step == num_steps:
-                report(f"quickstart policy: step {step} of {num_steps}, loss {sum(losses):.3f}")
-    model.eval()
+    model.set_attn_implementation(attention.NAME)
+    rows = _rows(tokenizer, num_steps * BATCH_SIZE, seed)
+    lengths = np.array([[len(row.prompt), len(row.completion)] for row in rows])
+    num_targets = np.array([len(row.assistant_positions) for row in rows])
+    plan = Plan(
+        lengths,
+        epochs=1,
+        global_batch_size=BATCH_SIZE,
+        world_size=1,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        seed=seed,
+        share_prompt=PATH.share_prompt,
+    )
+    optimizer = build_optimizer(model, learning_rate=MAX_LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95))
+    taken = sft.sft_steps(
+        model,
+        optimizer,
+        lambda batch: sft.ConversationRows([str(i) for i in batch], *zip(*(rows[i] for i in batch), strict=True)),
+        plan,
+        PATH,
+        lengths,
+        num_targets,
+        learning_rate_for=partial(
+            learning_rate_at, num_steps=num_steps, peak=MAX_LEARNING_RATE, warmup_steps=WARMUP_STEPS, schedule="linear"
+        ),
+        max_grad_norm=MAX_GRAD_NORM,
+        pad_token_id=pad_token_id(tokenizer),
+        device="cpu",
+        read_after=lambda done: done % 50 == 0,
+    )
+    done = 0
+    for metrics in taken:
+        done += len(metrics)
+        report(f"quickstart policy: step {done} of {num_steps}, loss {metrics[-1]['loss']:.3f}")
 
 
-def _learning_rate_factor(step: int, num_steps: int) -> float:
-    """Rise over the warmup, then fall linearly to a twentieth."""
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warmup * (1 - 0.95 * step / num_steps)
-
-
-def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> Iterator[list[tuple[list[int], int]]]:
-    """Yield `num_steps` batches of (token ids, number of prompt tokens), each of examples of similar length."""
-    examples = []
-    for prompt, review in _examples(num_steps * BATCH_SIZE, seed):
-        messages = [{"role": "user", "content": prompt}]
-        opening = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        prompt_ids = tokenizer.encode(opening, add_special_tokens=False)
-        review_ids = tokenizer.encode(review + END, add_special_tokens=False)
-        examples.append((prompt_ids + review_ids, len(prompt_ids)))
-    rng = random.Random(f"batches-{seed}")
-    bucket_size = BATCH_SIZE * BATCHES_PER_BUCKET
-    for start in range(0, len(examples), bucket_size):
-        bucket = sorted(examples[start : start + bucket_size], key=lambda example: len(example[0]))
-        batches = [bucket[i : i + BATCH_SIZE] for i in range(0, len(bucket), BATCH_SIZE)]
-        yield from rng.sample(batches, len(batches))
-
-
-def _loss_and_gradients(
-    model: Qwen2ForCausalLM, shard: list[tuple[list[int], int]], num_targets: int
-) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """Return a shard's part of the batch's mean loss, and of its gradient for each parameter."""
-    loss = _completion_loss(model, shard) / num_targets
-    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
-
-
-def _completion_loss(model: Qwen2ForCausalLM, shard: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Return the summed cross entropy of the shard's completion tokens, the end token included."""
-    longest = max(len(ids) for ids, _ in shard)
-    input_ids = torch.zeros(len(shard), longest, dtype=torch.long)
-    is_target = torch.zeros(len(shard), longest, dtype=torch.bool)
-    for row, (ids, num_prompt) in enumerate(shard):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        is_target[row, num_prompt : len(ids)] = True
-    # Padding stands on the right, where causal attention hides it: no mask is needed. Only the states that predict a
-    # completion token pass through the head.
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1][is_target[:, 1:]])
-    return functional.cross_entropy(logits, input_ids[:, 1:][is_target[:, 1:]], reduction="sum")
+def _rows(tokenizer: PreTrainedTokenizerFast, num: int, seed: int) -> list[turns.Turns]:
+    end_id = turn_end_id(tokenizer)
+    return [row for messages in reviews.conversations(num, seed) for row in turns.turn_rows(tokenizer, messages, end_id)]

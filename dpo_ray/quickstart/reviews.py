@@ -8,6 +8,7 @@ Invariant: the same arguments give the same text on every machine and Python ver
 
 import random
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -187,6 +188,8 @@ CLOSINGS = {
 # Chance of "good", "plain" and "bad" in each sentence of a review, by the reviewer's mood.
 MOODS = ((0.85, 0.15, 0.00), (0.40, 0.20, 0.40), (0.00, 0.15, 0.85))
 NUM_SENTENCES = (2, 3, 3, 4, 4, 4)
+NUM_CONVERSATIONS = 10_240
+"""As many as teach the quickstart's policy."""
 
 
 def requests(num: int, seed: int) -> list[Request]:
@@ -216,6 +219,13 @@ def prompts(num: int, seed: int) -> list[dict[str, Any]]:
         }
         for request in requests(num, seed)
     ]
+
+
+def conversations(num: int, seed: int) -> Iterator[list[dict[str, str]]]:
+    """Yield `num` chats: a request, and a review that answers it."""
+    rng = random.Random(f"reviews-{seed}")
+    for request in requests(num, seed):
+        yield [{"role": "user", "content": request.text}, {"role": "assistant", "content": write_review(request, rng)}]
 
 
 def write_review(request: Request, rng: random.Random) -> str:

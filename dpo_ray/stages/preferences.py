@@ -6,14 +6,14 @@ duplicates lie in quarantine/ with their reasons.
 
 from __future__ import annotations
 
-import pyarrow as pa
-import ray
+import functools
 
 from dpo_ray.config import PreferenceRun
 from dpo_ray.errors import StageError
-from dpo_ray.flow.artifact import Artifact, FileRecord, write_table
-from dpo_ray.flow.parts import MAX_DEATHS, Part, first_cause, split_into_parts
-from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+from dpo_ray.flow.artifact import Artifact
+from dpo_ray.flow.parts import Part, split_into_parts
+from dpo_ray.flow.stage import Needs, Stage
+from dpo_ray.intake_files import take_in_files
 from dpo_ray.preferences import read_preferences
 from dpo_ray.sources import source_fingerprint
 
@@ -35,7 +35,12 @@ def stage(config: PreferenceRun) -> Stage:
         needs=Needs(1, block.resources.cpus, 0.0, "reader", node_labels=block.resources.node_labels),
         check=lambda artifact: check_enough(artifact, config),  # before any round is paid for
         resources=block.resources.model_dump(mode="json"),
-        run=lambda context: _read(config, context),
+        run=lambda context: take_in_files(
+            functools.partial(read_preferences, block, config.seed),
+            context.directory,
+            rows_per_file=ROWS_PER_FILE,
+            resources=block.resources,
+        ),
     )
 
 
@@ -68,27 +73,3 @@ def check_enough(preferences: Artifact, config: PreferenceRun) -> None:
 def held_out(preferences: Artifact, config: PreferenceRun) -> list[Part]:
     """The parts of the held-out pairs."""
     return split_into_parts(preferences, config.preferences.resources.rows_per_part, prefix="eval-")
-
-
-def _read(config: PreferenceRun, context: StageContext) -> StageOutput:
-    resources = config.preferences.resources
-    task = ray.remote(_read_and_write).options(
-        num_cpus=resources.cpus, label_selector=resources.node_labels, max_retries=MAX_DEATHS
-    )
-    try:
-        return ray.get(task.remote(config, context.directory))
-    except ray.exceptions.RayError as error:  # the user needs our message, not Ray's wrapping of it
-        raise first_cause(error, "preferences") from None
-
-
-def _read_and_write(config: PreferenceRun, directory: str) -> StageOutput:
-    read = read_preferences(config.preferences, config.seed)
-    files = _write(directory, "train", read.train) + _write(directory, "eval", read.eval)
-    files += _write(directory, "quarantine/rows", read.quarantine)
-    metrics = {"train": read.train.num_rows, "eval": read.eval.num_rows}
-    return StageOutput(files, read.rows_in, read.train.num_rows + read.eval.num_rows, read.dropped, metrics)
-
-
-def _write(directory: str, name: str, table: pa.Table) -> list[FileRecord]:
-    slices = [table.slice(at, ROWS_PER_FILE) for at in range(0, table.num_rows, ROWS_PER_FILE)]
-    return [write_table(directory, f"{name}-{i:05d}.parquet", s) for i, s in enumerate(slices)]

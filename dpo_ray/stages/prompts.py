@@ -6,14 +6,14 @@ duplicates lie in quarantine/ with their reasons.
 
 from __future__ import annotations
 
-import pyarrow as pa
-import ray
+import functools
 
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import StageError
-from dpo_ray.flow.artifact import Artifact, FileRecord, write_table
-from dpo_ray.flow.parts import MAX_DEATHS, Part, first_cause, split_into_parts
-from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
+from dpo_ray.flow.artifact import Artifact
+from dpo_ray.flow.parts import Part, split_into_parts
+from dpo_ray.flow.stage import Needs, Stage
+from dpo_ray.intake_files import take_in_files
 from dpo_ray.prompts import read_prompts, source_fingerprint
 
 VERSION = 1
@@ -31,7 +31,12 @@ def stage(config: RunConfig) -> Stage:
         needs=Needs(1, resources.cpus, 0.0, "reader", node_labels=resources.node_labels),
         check=lambda artifact: slice_of_round(artifact, config, config.rounds - 1),  # before any round is paid for
         resources=resources.model_dump(mode="json"),
-        run=lambda context: _read(config, context),
+        run=lambda context: take_in_files(
+            functools.partial(read_prompts, config.prompts, config.seed),
+            context.directory,
+            rows_per_file=resources.rows_per_part,
+            resources=resources,
+        ),
     )
 
 
@@ -54,28 +59,3 @@ def slice_of_round(prompts: Artifact, config: RunConfig, round_: int) -> list[Pa
 def held_out(prompts: Artifact, config: RunConfig) -> list[Part]:
     """The parts of the held-out prompts."""
     return split_into_parts(prompts, config.generate.resources.rows_per_part, prefix="eval-")
-
-
-def _read(config: RunConfig, context: StageContext) -> StageOutput:
-    resources = config.prompts.resources
-    task = ray.remote(_read_and_write).options(
-        num_cpus=resources.cpus, label_selector=resources.node_labels, max_retries=MAX_DEATHS
-    )
-    try:
-        return ray.get(task.remote(config, context.directory))
-    except ray.exceptions.RayError as error:  # the user needs our message, not Ray's wrapping of it
-        raise first_cause(error, "prompts") from None
-
-
-def _read_and_write(config: RunConfig, directory: str) -> StageOutput:
-    read = read_prompts(config.prompts, config.seed)
-    rows = config.prompts.resources.rows_per_part
-    files = _write(directory, "train", read.train, rows) + _write(directory, "eval", read.eval, rows)
-    files += _write(directory, "quarantine/rows", read.quarantine, rows)
-    metrics = {"train": read.train.num_rows, "eval": read.eval.num_rows}
-    return StageOutput(files, read.rows_in, read.train.num_rows + read.eval.num_rows, read.dropped, metrics)
-
-
-def _write(directory: str, name: str, table: pa.Table, rows: int) -> list[FileRecord]:
-    slices = [table.slice(at, rows) for at in range(0, table.num_rows, rows)]
-    return [write_table(directory, f"{name}-{i:05d}.parquet", s) for i, s in enumerate(slices)]

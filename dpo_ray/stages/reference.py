@@ -29,6 +29,7 @@ from dpo_ray.schemas import REFERENCED
 
 VERSION = 2
 GRAIN = Grain("pair_id", "pair_id", REFERENCED)
+LOGPS_COLUMNS = {f"{side}_token_ids": f"ref_{side}_logps" for side in SIDES}
 
 
 def stage(config: Run, round_: int, reference: str) -> Stage:
@@ -37,13 +38,9 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
 
     def run(context: StageContext) -> StageOutput:
         policy = policy_ref(context.inputs["reference"], trust_remote_code=config.trust_remote_code)
-        asked = how(config)
-        if block.cache:
-            asked = asked._replace(cache=cache_directory(config.root, policy.identity, asked.dtype))
-        columns = {f"{side}_token_ids": f"ref_{side}_logps" for side in SIDES}
 
         def add(ds: Dataset) -> Dataset:
-            ds = add_logps(ds, policy, asked._replace(per_token=per_token(config)), columns, block.resources)
+            ds = add_logps(ds, policy, own_how(config, policy.identity), LOGPS_COLUMNS, block.resources)
             name = functools.partial(_name_reference, identity=policy.identity)
             return map_parts(ds, name, Tasks(cpus=0.1))
 
@@ -85,6 +82,12 @@ def needs(config: Run) -> Needs:
 def how(config: Run) -> How:
     """What training and evaluation must have in common with this stage."""
     return How(config.train.dtype, config.train.share_prompt, config.reference.max_batch_tokens)
+
+
+def own_how(config: Run, reference: str) -> How:
+    """As this stage computes under the policy `reference` (an identity): with the cache, per token where asked to."""
+    asked = how(config)._replace(per_token=per_token(config))
+    return asked._replace(cache=cache_directory(config.root, reference, asked.dtype)) if config.reference.cache else asked
 
 
 def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str], resources: ActorResources) -> Dataset:

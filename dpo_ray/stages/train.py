@@ -1,4 +1,6 @@
-"""Train the round's policy with DPO. Reads REFERENCED, writes `policy/`: a directory that vLLM and transformers load.
+"""Train a policy: with DPO on REFERENCED (PREFERENCES, for losses without a reference), or with SFT on TURNS.
+
+Writes `policy/`: a directory that vLLM and transformers load.
 
 With LoRA, `policy/` has the adapters merged into its weights, so that every later stage and round loads a plain policy,
 and `adapter/` has them alone, as PEFT loads them.
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 
 from dpo_ray import train_log
-from dpo_ray.config import Run, Train
+from dpo_ray.config import Run, Train, TrainBlock
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
@@ -28,8 +30,8 @@ CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", 
 """Settings that can change between two attempts at one result: they change it by rounding at most."""
 
 
-def stage(config: Run, round_: int, start: str) -> Stage:
-    """Stage of round `round_`, starting from the policy that the stage `start` committed."""
+def stage(config: Run, round_: int | None, start: str, rows: str) -> Stage:
+    """Stage of round `round_` (None: of no round), from the policy of the stage `start` on the rows of the stage `rows`."""
     block = config.train
     train_log.check_reports(block.report_to)
     return Stage(
@@ -41,19 +43,19 @@ def stage(config: Run, round_: int, start: str) -> Stage:
             **block.model_dump(mode="json", exclude={*CHANGES_NO_RESULT, "lora"}),
             **({"lora": block.lora.model_dump(mode="json")} if block.lora else {}),
         },
-        inputs={"pairs": f"round_{round_:02d}/{'reference' if block.needs_reference else 'pair'}", "policy": start},
+        inputs={"pairs": rows, "policy": start},
         run=lambda context: _train(config, round_, context),
         needs=needs(block),
         resources=block.resources.model_dump(mode="json"),
     )
 
 
-def needs(block: Train) -> Needs:
+def needs(block: TrainBlock) -> Needs:
     resources = block.resources
     return Needs(resources.min_workers, resources.cpus, resources.gpus, "train worker", node_labels=resources.node_labels)
 
 
-def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
+def _train(config: Run, round_: int | None, context: StageContext) -> StageOutput:
     import ray
     import ray.train
     from ray.train.torch import TorchConfig
@@ -73,7 +75,7 @@ def _train(config: Run, round_: int, context: StageContext) -> StageOutput:
         "config": config,
         "round": round_,
         "policy": policy_ref(context.inputs["policy"], trust_remote_code=config.trust_remote_code),
-        "reference": check_reference(pairs) if block.needs_reference else None,
+        "reference": check_reference(pairs) if isinstance(block, Train) and block.needs_reference else None,
         "tables": [pairs.uri(f) for f in pairs.tables()],
         "table_hash": pairs.manifest.output_hash,
         "directory": context.directory,

@@ -92,13 +92,8 @@ def test_poison_prompt_is_found_among_many_and_the_starts_are_bounded(engines):
     assert num_starts(engines) <= 1 + 6
 
 
-def test_poison_prompt_takes_no_innocent_one_with_it(engines):
-    parts = [[1, 2, POISON, 3], [4, 5, 6], [7, 8, 9, 10], [11]]
-    assert generate_at_once(engines, parts) == [wanted(*p) for p in parts]
-
-
-def test_poison_prompts_of_several_parts_are_all_found(engines):
-    parts = [[1, POISON], [POISON, 2, 3], [4, 5], [6]]
+def test_poison_prompts_of_several_parts_are_all_found_and_take_no_innocent_one_with_them(engines):
+    parts = [[1, 2, POISON, 3], [POISON, 4], [7, 8, 9, 10], [11]]
     assert generate_at_once(engines, parts) == [wanted(*p) for p in parts]
 
 
@@ -108,8 +103,8 @@ def test_crash_that_does_not_come_again_quarantines_nothing(engines):
 
 
 def test_engine_that_crashes_on_everything_ends_in_an_error(engines, monkeypatch):
-    monkeypatch.setattr(pool, "MAX_CRASHES", 3)
-    with pytest.raises(StageError, match="crashed more than 3 times"):
+    monkeypatch.setattr(pool, "MAX_CRASHES", 2)
+    with pytest.raises(StageError, match="crashed more than 2 times"):
         engines.generate(requests(*[POISON] * 16), {}, 2)
 
 

@@ -61,6 +61,7 @@ def resumed(path: str, directory: Path):
         mesh = dist.init_device_mesh("cpu", (ranks,))
         how = {"compute_dtype": torch.float32, "lora": LORA, "activation_checkpointing": True}
         model = load_sharded_policy(path, mesh, seed=seed, **how)
+        choose_path(model, tiny.pair_groups(PAIRS)[0], pad_token_id=tiny.PAD)
         optimizer = training.build_adamw(model)
         if seed == 3:
             training.train(model, optimizer, PAIRS, plan[:2])
@@ -71,9 +72,8 @@ def resumed(path: str, directory: Path):
     return found, {name for name in held if name.startswith("model.")}
 
 
-def two_rounds(policies: dict[str, str], root: Path) -> dict:
+def two_rounds(policies: dict[str, str], bfloat16: str, root: Path) -> dict:
     first = trained(policies["qwen2"], root / "first")
-    bfloat16 = tiny.save_policy(root / f"bfloat16-{dist.get_rank()}", "llama", dtype=torch.bfloat16)
     return {
         "first": first,
         "second": trained(str(root / "first/policy"), root / "second", lora=LAST, activation_checkpointing=True),
@@ -91,7 +91,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(root, policies) -> dict[int, list[dict]]:
     """What each rank has, by the number of ranks."""
-    return {n: ranks.run_ranks(two_rounds, n, root / f"ranks-{n}", policies, root / f"out-{n}") for n in (1, 2)}
+    given = policies, tiny.save_policy(root / "bfloat16", "llama", dtype=torch.bfloat16)
+    return {n: ranks.run_ranks(two_rounds, n, root / f"ranks-{n}", *given, root / f"out-{n}") for n in (1, 2)}
 
 
 @pytest.mark.parametrize("name", ["first", "second", "gpt2", "bfloat16"])

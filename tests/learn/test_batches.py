@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_ray.ingest.hh_rlhf import comparison
-from dpo_ray.learn.batches import Plan, Step, pair_tokens
+from dpo_ray.learn.batches import Plan, Step, row_tokens
 
 OPTIONS = {"epochs": 1, "global_batch_size": 8, "world_size": 2, "max_batch_tokens": 240, "seed": 0}
 
@@ -87,9 +87,9 @@ def test_plan_cuts_any_step_alone_in_any_order():
         plan[12]
 
 
-def test_plan_pairs_before_a_step_are_those_of_the_steps_before():
+def test_plan_rows_before_a_step_are_those_of_the_steps_before():
     plan = Plan(lengths_of(31), **{**OPTIONS, "epochs": 2})
-    assert [plan.pairs_before(i) for i in range(9)] == [0, 8, 16, 24, 31, 39, 47, 55, 62]
+    assert [plan.rows_before(i) for i in range(9)] == [0, 8, 16, 24, 31, 39, 47, 55, 62]
 
 
 def test_plan_by_hand():
@@ -121,7 +121,7 @@ def test_plan_in_separate_rows_takes_one_more_micro_batch_where_that_saves_paddi
 @pytest.mark.parametrize(("share_prompt", "tokens"), [(True, 54), (False, 104)])
 def test_plan_refuses_a_pair_over_the_budget(share_prompt, tokens):
     lengths = np.array([[2, 2, 2], [50, 2, 2]])
-    assert pair_tokens(lengths, share_prompt=share_prompt)[1] == tokens
+    assert row_tokens(lengths, share_prompt=share_prompt)[1] == tokens
     assert len(plan_of(lengths, max_batch_tokens=tokens, share_prompt=share_prompt)) == 1
     with pytest.raises(ValueError, match=f"row 1 has {tokens} tokens"):
         plan_of(lengths, max_batch_tokens=tokens - 1, share_prompt=share_prompt)
@@ -173,5 +173,5 @@ def test_plan_refuses_counts_below_one(change):
 
 
 def test_plan_refuses_lengths_of_another_shape():
-    with pytest.raises(ValueError, match=r"\(pairs, 3\)"):
-        plan_of(np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"\(rows, 1 \+ completions\)"):
+        plan_of(np.ones((3, 1)))

@@ -38,9 +38,19 @@ def test_sharded_model_computes_in_float32_for_a_while(policies, mesh_of_one, us
         assert compute_dtype_of(model) == torch.float32
         assert torch.equal(logits(model), exact)
     assert compute_dtype_of(model) == torch.bfloat16
-    assert torch.equal(logits(model), half)
     (got,) = training.gradients(model, PAIRS, plan)
     assert torch.equal(got, want)
+    assert torch.equal(logits(model), half)
+
+
+def test_optimizer_made_after_a_forward_trains_every_weight(policies, mesh_of_one):
+    """Without gradients a forward leaves the weights of the root gathered: embeddings, norm and head."""
+    model = training.build(policies["qwen2"], mesh_of_one)
+    logits(model)
+    optimizer = training.build_adamw(model)
+    before = [p.to_local().clone() for p in model.parameters()]
+    training.train(model, optimizer, PAIRS, training.plan(PAIRS, 1, 60, batch_size=5))
+    assert all(not torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_probe_of_a_sharded_bfloat16_model_tries_it_in_float32(policies, mesh_of_one, monkeypatch):

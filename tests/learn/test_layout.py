@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from dpo_ray.learn.layout import Group, separate, share
+from dpo_ray.learn.layout import Group, keep, separate, share
 
 # A prompt of 2 with completions of 3 and 1; a prompt of 1 with one completion of 2.
 GROUPS = [Group([5, 6], [[7, 8, 9], [10]]), Group([11], [[12, 13]])]
@@ -64,3 +64,21 @@ def test_layout_takes_arrow_and_numpy_vectors(lay_out):
 def test_layout_refuses_an_empty_side(lay_out, group):
     with pytest.raises(ValueError, match="each needs at least 1"):
         lay_out([group])
+
+
+@pytest.mark.parametrize("lay_out", [share, lambda groups: separate(groups, pad_token_id=0)])
+def test_keep_takes_some_completion_tokens_as_targets_and_leaves_the_rows(lay_out):
+    groups = [Group([5, 6], [[7, 8, 9], [10, 11]]), Group([12], [[13, 14]])]
+    batch = lay_out(groups)
+    kept = keep(batch, [[0, 2], [1], [0]])
+    assert kept.targets.tolist() == [7, 9, 11, 13]
+    assert kept.lengths.tolist() == [2, 1, 1]
+    before = batch.input_ids_ST.flatten()[kept.kept].tolist()
+    assert before == [6, 8, 10, 12]  # what stands before each of them
+    assert torch.equal(kept.input_ids_ST, batch.input_ids_ST)
+
+
+@pytest.mark.parametrize("positions", [[[0], []], [[0], [2]], [[-1], [0]]])
+def test_keep_refuses_completions_without_targets_and_positions_outside(positions):
+    with pytest.raises(ValueError, match="expected at least one, all inside"):
+        keep(share([Group([5], [[7, 8]]), Group([6], [[9, 10]])]), positions)

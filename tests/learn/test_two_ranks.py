@@ -1,19 +1,12 @@
-"""What must be the same on two ranks as on one. Both ranks run every scenario in one spawn, since starting costs most.
+"""What must be the same on two ranks as on one. Both ranks run every scenario after one start."""
 
-A rank waits 60 s at most in a collective, and the parent 150 s for both.
-"""
-
-import os
 import shutil
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import multiprocessing
 from torch.distributed.checkpoint import CheckpointException
 
 from dpo_ray.errors import NonFiniteLossError
@@ -24,7 +17,7 @@ from dpo_ray.learn.layout import share
 from dpo_ray.learn.logps import completion_logps
 from dpo_ray.learn.policy import load_policy
 
-from . import tiny, training
+from . import ranks, tiny, training
 
 PAIRS = tiny.build_pairs(13)
 BATCH_SIZE = 8  # global batches of 8 and 5 pairs
@@ -36,7 +29,6 @@ LAYOUTS = {  # pairs of a micro-batch x micro-batches x ranks, and a tail of 5 p
     "2x2x2": [[[[0, 1], [2, 3]], [[4, 5], [6, 7]]], [[[8, 9], [12]], [[10, 11], []]]],
 }
 IDS_ST = torch.arange(3, 23).view(2, 10)
-COLLECTIVE_TIMEOUT_S, SPAWN_TIMEOUT_S = 60, 150
 
 
 def gradients_of(name: str, policies: dict[str, str], mesh, max_batch_tokens: int = BUDGET, **options):
@@ -108,12 +100,9 @@ def held_back(policies, mesh):
     return str(error.value), weights
 
 
-def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(root / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+def every_scenario(root: Path, policies: dict[str, str]) -> dict:
     mesh = dist.init_device_mesh("cpu", (2,))
-    results = {
+    return {
         "gradients": {name: gradients_of(name, policies, mesh) for name in ("qwen2", "llama", "gpt2", "gemma2")},
         "layout": layout_gradients("2x2x2", policies, mesh),
         "checkpointed": gradients_of("qwen2", policies, mesh, activation_checkpointing=True),
@@ -124,10 +113,6 @@ def run_rank(rank: int, root: Path, policies: dict[str, str]) -> None:
         "non_finite": non_finite_message(policies, mesh),
         "held_back": held_back(policies, mesh),
     }
-    torch.save(results, root / f"results-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's own teardown can abort while a thread of gloo still ends
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +123,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(root, policies) -> list[dict]:
     """Each rank's results."""
-    context = multiprocessing.start_processes(run_rank, args=(root, policies), nprocs=2, join=False, start_method="spawn")
-    deadline = time.monotonic() + SPAWN_TIMEOUT_S
-    try:
-        while not context.join(timeout=1):  # raises what a rank raised
-            assert time.monotonic() < deadline, f"two ranks took longer than {SPAWN_TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(root / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
+    return ranks.run_ranks(every_scenario, 2, root, root, policies)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "gemma2"])

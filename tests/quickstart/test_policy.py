@@ -13,7 +13,7 @@ MESSAGES = [{"role": "user", "content": "How was the film The Silent Harbour?"}]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quickstart") / "policy"
-    policy.build_policy(directory, seed=0, num_steps=3, num_threads=1)
+    policy.build_policy(directory, seed=0, num_steps=3)
     return directory
 
 
@@ -21,27 +21,40 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_policy_key_depends_on_the_seed_alone():
+def test_policy_key_depends_on_the_seed_and_the_steps():
     assert policy.policy_key(0) == policy.policy_key(0)
     assert policy.policy_key(0) != policy.policy_key(1)
+    assert policy.policy_key(0) != policy.policy_key(0, num_steps=0)
 
 
-def test_build_policy_same_seed_gives_identical_files_on_any_number_of_threads(built: Path):
-    again = built.parent / "again"
-    policy.build_policy(again, seed=0, num_steps=3, num_threads=2)
+def test_build_policy_same_seed_gives_identical_files_whatever_torch_is_set_to(built: Path):
+    again, before = built.parent / "again", torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        policy.build_policy(again, seed=0, num_steps=3)
+    finally:
+        torch.set_num_threads(before)
     assert digests(again) == digests(built)
+
+
+def test_build_policy_without_steps_is_the_untaught_model(built: Path):
+    base = built.parent / "base"
+    policy.build_policy(base, seed=0, num_steps=0)
+    want, got = digests(built), digests(base)
+    assert want.pop("model.safetensors") != got.pop("model.safetensors")
+    assert got == want  # and everything beside the weights is equal
 
 
 def test_build_policy_other_seed_gives_other_weights(built: Path):
     other = built.parent / "other"
-    policy.build_policy(other, seed=1, num_steps=1, num_threads=1)
+    policy.build_policy(other, seed=1, num_steps=1)
     assert digests(other)["model.safetensors"] != digests(built)["model.safetensors"]
 
 
 def test_build_policy_reports_progress_and_restores_torch(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     lines: list[str] = []
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state()
-    policy.build_policy(tmp_path / "policy", seed=0, num_steps=1, num_threads=1, progress=lines.append)
+    policy.build_policy(tmp_path / "policy", seed=0, num_steps=1, progress=lines.append)
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before[:2]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert "step 1 of 1" in lines[-1]
@@ -53,7 +66,7 @@ def test_build_policy_failure_leaves_nothing(tmp_path: Path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        policy.build_policy(tmp_path / "policy", seed=0, num_steps=1, num_threads=1, progress=stop)
+        policy.build_policy(tmp_path / "policy", seed=0, num_steps=1, progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,7 +85,7 @@ def preference_round(directory: Path, policy: str) -> dict[str, Any]:
             "eval_pairs": 4,
             "max_prompt_tokens": 20,
             "max_tokens": 30,
-            "resources": {"rows_per_part": 6},
+            "resources": {"rows_per_part": 20},
         },
         "train": {"beta": 0.1, "learning_rate": 1e-3, "dtype": "float32"},
     }

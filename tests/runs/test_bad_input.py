@@ -3,6 +3,7 @@
 The command runs in this process, on the session's Ray. What the configuration alone can show is in test_config.py.
 """
 
+import os
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import datasets
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from dpo_ray.engines.policies import PolicyRef
 
@@ -144,14 +146,14 @@ def test_scorer_that_does_not_import_stops_before_anything_is_sampled(
     assert command.nothing_ran()
 
 
-@pytest.mark.parametrize(
-    ("name", "facts"),
-    [("short", ["1 scores for", "one a row"]), ("nan", ["has the score nan", "of prompt", "score.drop_non_finite"])],
-)
-def test_scorer_that_returns_what_it_must_not_is_an_error_of_its_stage(command: Command, name: str, facts: list[str]) -> None:
-    err = command.refused("--score.function", f"{command.directory}/scorers.py:{name}", "--until", "score", kind="StageError")
-    assert [f for f in facts if f not in err] == []
-    assert command.nothing_ran("round_00/score")
+def test_scorer_that_returns_what_it_must_not_is_an_error_of_its_stage(command: Command) -> None:
+    assert command("--until", "generate")[0] == 0
+    wrong = {"short": ["1 scores for", "one a row"], "nan": ["has the score nan", "of prompt", "score.drop_non_finite"]}
+    for name, facts in wrong.items():
+        function = f"{command.directory}/scorers.py:{name}"
+        err = command.refused("--score.function", function, "--until", "score", kind="StageError")
+        assert [f for f in facts if f not in err] == [], name
+        assert command.nothing_ran("round_00/score")
 
 
 # The cluster
@@ -188,7 +190,8 @@ def test_second_driver_on_a_run_is_refused_with_the_first_ones_place(command: Co
     """The first is another process, frozen at its second stage; it goes on unharmed."""
     frozen, log = "prompts start SIGSTOP driver", command.directory / "kills.jsonl"
     script = [sys.executable, "tests/runs/killed_round.py", frozen, str(log), str(command.write()), "--until", "prompts"]
-    first = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # this session's Ray
+    first = subprocess.Popen(script, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, timeout_s=60)
         resolved = (command.run_directory / "resolved.yaml").read_text()

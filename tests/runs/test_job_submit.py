@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from dpo_ray.flow.artifact import read_artifact
 from dpo_ray.learn.policy import load_policy
 from dpo_ray.pair_table import REFERENCE, ROWS, PairTable
+from pipelines import full_round
 
 from ..learn.tiny import naive_logps
-from .conftest import SECRETS, Cluster
+from .conftest import ROOT, SECRETS, Cluster
 
 PROMPTS, EVAL = 48, 32
 
@@ -130,9 +132,8 @@ def test_round_submitted_evaluation_samples_each_policy_from_its_own_weights(run
 def test_round_submitted_writes_no_secret_of_its_environment_anywhere(run: Path, cluster: Cluster) -> None:
     """Not into the run, not into Ray's logs, and not where the dashboard shows jobs, runtime environments and actors."""
     written = [p for below in (run, cluster.temp / "session_latest") for p in below.rglob("*") if p.is_file()]
-    assert {"_manifest.json", "resolved.yaml", "gcs_server.out", "dashboard.log", "runtime_env_agent.log"} <= {
-        p.name for p in written
-    }
+    known = {"_manifest.json", "resolved.yaml", "gcs_server.out", "dashboard.log", "runtime_env_agent.log"}
+    assert known <= {p.name for p in written}
     pages = {path: _dashboard(cluster, path) for path in ("/api/jobs/", "/nodes?view=summary", "/api/serve/applications/")}
     pages |= {f"/api/v0/{of}": _dashboard(cluster, f"/api/v0/{of}?detail=True") for of in ("actors", "tasks", "workers")}
     assert b"full_round.py" in pages["/api/jobs/"]
@@ -149,13 +150,19 @@ def _dashboard(cluster: Cluster, path: str) -> bytes:
         return error.read()
 
 
-def test_round_submitted_again_skips_every_stage(run: Path, cluster: Cluster, arguments: list[str]) -> None:
+def test_round_submitted_again_skips_every_stage(
+    run: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the same command in this process, which finds everything done by another and from another directory."""
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
-    done = cluster.submit(*arguments, timeout=120)
-    assert done.returncode == 0, done.stdout[-4000:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["full_round.py", *arguments])
+    assert full_round.main() == 0
+    assert capsys.readouterr().out.count("(done before)") == 8
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_round_submitted_with_a_relative_root_is_refused_with_the_reason(cluster: Cluster) -> None:
     done = cluster.submit("pipelines/quickstart.yaml", "--root", "runs/here", timeout=120)
     assert done.returncode == 1

@@ -167,6 +167,7 @@ def test_score_reward_model_gives_the_scores_of_the_model_alone_and_drops_what_i
     assert (output.metrics["completions"], output.metrics["dropped_completions/too_long_for_reward_model"]) == (11, 1)
 
 
+@pytest.mark.slow
 def test_score_reward_model_of_two_labels_is_an_error_that_says_so(tmp_path, make_reward_model):
     with pytest.raises((ConfigError, DpoRayError), match="2 labels"):
         run(tmp_path, [rows.scored_row("w10", texts("a", "w20"))], by_model(make_reward_model(num_labels=2)))

@@ -62,7 +62,9 @@ def trl_step(batch: TokenBatch, names: list[str], **changed: Any) -> tuple[torch
         is_top1=batch.mask_ST.bool(),
     )
     attributes: dict[str, Any] = {
-        "model": SimpleNamespace(training=False, is_gradient_checkpointing=False),
+        "model": SimpleNamespace(
+            training=False, is_gradient_checkpointing=False, _modules={}
+        ),  # accelerate looks for PEFT there
         "ref_model": lambda **_: SimpleNamespace(log_probs=batch.ref_logps_ST),
         "accelerator": SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
         "args": SimpleNamespace(discopop_tau=changed.pop("discopop_tau", None), gradient_checkpointing_kwargs=None),
