@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dpo_ray.config import PreferenceRun, Run, RunConfig, SftRun, run_class
+from dpo_ray.config.block import CREDENTIALS
 from dpo_ray.errors import ConfigError
 
 
@@ -135,7 +136,7 @@ def _explain(error: Mapping[str, Any]) -> str:
             else ""
         )
         return f"missing; it has no default, because it decides the result{instead}"
-    got = "" if isinstance(error.get("input"), dict) else f" (got {error.get('input')!r})"
+    got = "" if isinstance(error.get("input"), dict) else f" (got {CREDENTIALS.sub('***', repr(error.get('input')))})"
     return error["msg"].removeprefix("Value error, ") + got
 
 

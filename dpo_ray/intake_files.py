@@ -7,22 +7,27 @@ from collections.abc import Callable
 import pyarrow as pa
 import ray
 
+from dpo_ray.config import DataResources
 from dpo_ray.flow.artifact import FileRecord, write_table
+from dpo_ray.flow.parts import MAX_DEATHS, first_cause
 from dpo_ray.flow.stage import StageOutput
 from dpo_ray.intake import Intake
 
 
-def take_in_files(read: Callable[[], Intake], directory: str, *, rows_per_file: int, cpus: float) -> StageOutput:
+def take_in_files(
+    read: Callable[[], Intake], directory: str, *, rows_per_file: int, resources: DataResources
+) -> StageOutput:
     """Run `read` where the cluster has room, and commit-ready files below `directory`.
 
     Raises:
         DpoRayError: what `read` raised, as it raised it.
     """
-    task = ray.remote(_read_and_write).options(num_cpus=cpus, max_retries=0)
+    where = {"num_cpus": resources.cpus, "label_selector": resources.node_labels}
+    task = ray.remote(_read_and_write).options(max_retries=MAX_DEATHS, **where)
     try:
         return ray.get(task.remote(read, directory, rows_per_file))
-    except ray.exceptions.RayTaskError as error:  # the user needs our message, not Ray's wrapping of it
-        raise error.cause from None
+    except ray.exceptions.RayError as error:  # the user needs our message, not Ray's wrapping of it
+        raise first_cause(error, directory.rpartition("/")[2]) from None
 
 
 def _read_and_write(read: Callable[[], Intake], directory: str, rows_per_file: int) -> StageOutput:

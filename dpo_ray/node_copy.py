@@ -101,6 +101,7 @@ def _lock() -> Iterator[None]:
         yield
 
 
+@storage.patient
 def _make(target: Path, uris: Sequence[str], columns: Sequence[str], lists: Sequence[str]) -> None:
     """Write a copy beside its place and move it there; called with the lock, so all that is torn here has no owner."""
     unused = time.time() - KEPT_DAYS * 24 * 3600

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
-from ray.train import ControllerError, UserCallback, WorkerGroupError
+from ray.train import ControllerError, PreemptionError, UserCallback, WorkerGroupError
 
 from dpo_ray.errors import DpoRayError, StageError
 
@@ -65,10 +65,12 @@ def run_until_started(
             cause = getattr(error, "cause", None) or error
             if isinstance(cause, DpoRayError):
                 raise cause from None
-            if isinstance(cause, WorkerGroupError):
+            if isinstance(cause, WorkerGroupError | PreemptionError):
+                often = f"workers failed more than train.max_failures={max_failures} times"
+                if isinstance(cause, PreemptionError):
+                    often = "nodes were taken away more often than train.max_preemptions allows"
                 raise StageError(
-                    f"train: workers failed more than train.max_failures={max_failures} times. The same command goes on from "
-                    f"the last checkpoint. The last failure: {cause}"
+                    f"train: {often}. The same command goes on from the last checkpoint. The last failure: {cause}"
                 ) from error
             exhausted = "WorkerGroupStartup" in type(getattr(cause, "controller_failure", None)).__name__  # Ray's own tries
             if failures == max_setup_failures or exhausted:

@@ -12,8 +12,8 @@ from dpo_ray.turn_table import TurnTable
 
 START_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """How far the loss of step 0 may lie from its known value, by compute type; an engine's own values round as bfloat16 does."""
-OF_PAIRS = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_s")
-OF_TURNS = ("loss", "tokens_per_s")
+OF_PAIRS = ("loss", "rewards/margins", "rewards/accuracies", "kl_ref_to_policy", "step_time_s", "tokens_per_s")
+OF_TURNS = ("loss", "step_time_s", "tokens_per_s")
 
 
 class Work(NamedTuple):

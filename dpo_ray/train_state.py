@@ -84,11 +84,12 @@ def saving(
     num_steps: int,
     kept: int,
     publish: Callable[[Log], object] = id,
-) -> Iterator[Callable[[int, Log], None]]:
-    """Give a function to call after every step with the steps taken and their log; every rank does.
+) -> Iterator[Callable[[int, Log, bool], None]]:
+    """Give a function to call after every step with the steps taken, their log, and whether to save now; every rank does.
 
-    A checkpoint is due every `every` steps and after step `num_steps`. The call copies the state and returns; a thread
-    writes it, one checkpoint at a time, and then deletes all but the newest `kept`. Leaving the block waits for the last.
+    A checkpoint is due every `every` steps, after step `num_steps`, and when it is asked for. The call copies the state and
+    returns; a thread writes it, one checkpoint at a time, and then deletes all but the newest `kept`. Leaving the block
+    waits for the last.
 
     Args:
         publish: called on rank 0, in the thread, with the log of every checkpoint.
@@ -101,9 +102,9 @@ def saving(
     pending: Future[None] | None = None
     copied: Any = None
 
-    def save(step: int, log: Log) -> None:
+    def save(step: int, log: Log, now: bool = False) -> None:
         nonlocal pending, copied
-        due = step % every == 0 or step == num_steps
+        due = now or step % every == 0 or step == num_steps
         if pending and (due or pending.done()):
             pending.result()
             pending = None
@@ -202,8 +203,7 @@ def _delete_others(directory: str, kept: int) -> None:
         if name in keep:
             continue
         if record:
-            fs, path = storage.filesystem(f"{directory}/{name}/{RECORD}")
-            fs.delete_file(path)
+            storage.delete_file(f"{directory}/{name}/{RECORD}")
         storage.delete_directory(f"{directory}/{name}")
 
 
@@ -286,7 +286,10 @@ def _fetched(where: Where, name: str, record: Record) -> Iterator[tuple[Path, li
             storage.delete_directory(str(scratch))
             storage.copy_directory(uri, str(scratch))
         every: list[Any] = [None] * world_size
-        dist.all_gather_object(every, [p for file in share if (p := _problem(near, file))], group=where.group)
+        found = [p for file in share if (p := _problem(near, file))]
+        if rank == 0 or scratch:
+            found += _strange(near, record)
+        dist.all_gather_object(every, found, group=where.group)
         yield near, [problem for own in every for problem in own]
         dist.barrier(where.group)  # the others may still be reading
     finally:
@@ -301,6 +304,13 @@ def _problem(directory: Path, file: FileRecord) -> str | None:
     if (size := path.stat().st_size) != file.bytes:
         return f"{file.path} has {size} bytes, expected {file.bytes}"
     return None if _sha256(path) == file.sha256 else f"{file.path} has other contents than were written"
+
+
+def _strange(directory: Path, record: Record) -> list[str]:
+    """What lies there for DCP to open (`.metadata`, also `__<rank>.metadata`, and shards) without a hash in the record."""
+    known = {file.path for file in record.files}
+    there = {path.name for path in directory.glob("*") if path.name.endswith((".metadata", ".distcp"))} | {".metadata"}
+    return [f"{name} is not in its {RECORD}" for name in sorted(there - known)]
 
 
 def lines(log: Log) -> bytes:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -38,14 +39,22 @@ def run_worker(arguments: dict[str, Any]) -> None:
     model, optimizer, path, pad_token_id = _load(start, block, device, table.longest(), seed=seed)
     table.check_budget(block.max_batch_tokens, share_prompt=path.share_prompt)
     plan = plan_steps(table.lengths, block, world_size, seed=seed, share_prompt=path.share_prompt)
-    where = _checkpoints(arguments)
+    where, noticed = _checkpoints(arguments), _notices(block)
+    urgent: set[int] = set()
     done, lines = train_state.resume(where, model, optimizer)
     log = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
     saving: Any = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept}
     saving["publish"] = lambda _: log.publish()
     measured, num_rows = _measured(model, block, device, world_size), len(table) * block.epochs
+    tokens = sum(line["num_tokens"] for line in lines)
     if rank == 0:
-        board.put.remote(plan.rows_before(done), num_rows, {})
+        board.put.remote(plan.rows_before(done), num_rows, {"tokens": tokens})
+
+    def read_after(step: int) -> bool:
+        if noticed():
+            urgent.add(step)
+        return step in urgent or step % block.logging_steps == 0 or step % block.checkpoint_steps == 0
+
     steps = take(
         model,
         optimizer,
@@ -56,7 +65,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         pad_token_id=pad_token_id,
         device=device,
         start_step=done,
-        read_after=lambda steps: steps % block.logging_steps == 0 or steps % block.checkpoint_steps == 0,
+        read_after=read_after,
     )
     counted: Any = {"share_prompt": path.share_prompt, "num_targets": num_targets}
     with contextlib.ExitStack() as closing, train_state.saving(where, model, optimizer, **saving) as save:
@@ -71,8 +80,10 @@ def run_worker(arguments: dict[str, Any]) -> None:
                 lines.append({"step": done, "epoch": done * block.epochs / len(plan), **of_step, **of_interval, **memory})
             log.write(lines[-len(metrics) :])
             if rank == 0:
-                board.put.remote(plan.rows_before(done), num_rows, {name: lines[-1][name] for name in shown})
-            save(done, lines)
+                tokens += sum(line["num_tokens"] for line in lines[-len(metrics) :])
+                seen = {name: lines[-1][name] for name in shown if name in lines[-1]}
+                board.put.remote(plan.rows_before(done), num_rows, {**seen, "tokens": tokens})
+            save(done, lines, done in urgent)
             started = time.perf_counter()
     _export(model, start, directory, rank)
     dist.barrier()
@@ -106,6 +117,16 @@ def _checkpoints(arguments: dict[str, Any]) -> Any:
     group: Any = dist.new_group(backend="gloo", timeout=timeout)
     owner = (arguments["state"], arguments["fingerprint"], arguments["policy"].identity)
     return Where(*owner, group, ray.train.get_context().get_local_rank())
+
+
+def _notices(block: TrainBlock) -> Callable[[], bool]:
+    """Whether a node is about to be taken away, as preemption.watch; every rank calls it, for a group of their own."""
+    import torch.distributed as dist
+
+    from dpo_ray import preemption
+
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=block.collective_timeout_s))
+    return preemption.watch(group)
 
 
 def _measured(model: Any, block: TrainBlock, device: Any, world_size: int) -> tuple[Any, float]:

@@ -168,7 +168,7 @@ def main() -> int:
 def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
     """Print the plan, or run it and print what came of it."""
     from dpo_ray import summary  # from here on torch and ray are loaded; --help and a bad config never get here
-    from dpo_ray.flow import cluster, runner, storage, versions
+    from dpo_ray.flow import cluster, fit, runner, storage, versions
     from dpo_ray.flow.progress import Progress
 
     for line in versions.untested(versions.library_versions()):
@@ -178,7 +178,7 @@ def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
     if outcomes is None or dry_run:
         cluster.connect()
         for stage in stages:
-            cluster.check_fits(stage.key, stage.needs)
+            fit.check_fits(stage.key, stage.needs)
     if dry_run:
         print(f"run {config.directory}\n\n{summary.plan_table(runner.plan_actions(stages, config.directory, redo))}")
         return
@@ -186,7 +186,8 @@ def run(dry_run: bool, until: str | None, redo: list[str], config: Run) -> None:
         cluster.probe_shared(config.root)
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
         write = lambda: storage.write_bytes(f"{config.directory}/resolved.yaml", resolved)
-        outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress(), begin=write)
+        limits = {"max_wait_s": config.max_wait_s}
+        outcomes = runner.run_plan(stages, config.directory, redo=redo, progress=Progress(), begin=write, **limits)
     print(f"\n{summary.outcome_table(outcomes)}")
     for outcome in outcomes:
         if outcome.stage.name == "evaluate":

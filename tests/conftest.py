@@ -18,6 +18,8 @@ import pytest
 from dpo_ray.engines.policies import PolicyRef
 
 NUM_CPUS = 4
+LABELS = {"pool": "local"}
+"""Of the session's one node."""
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,7 @@ def local_ray() -> Iterator[None]:
     ray.init(
         runtime_env=worker_environment(),
         num_cpus=NUM_CPUS,
+        labels=LABELS,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray._private.label_utils import validate_label_selector
 
 from dpo_ray.cli import load_config
 from dpo_ray.config import (
     ActorResources,
+    DataResources,
     EngineResources,
     Generate,
     PreferenceRun,
@@ -16,6 +18,7 @@ from dpo_ray.config import (
     TrainResources,
     run_class,
 )
+from dpo_ray.errors import ConfigError
 
 PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
 
@@ -470,3 +473,75 @@ def test_config_revisions_of_hub_names_are_taken():
         }
     )
     assert (config.policy_revision, config.reference.revision, config.prompts.revision) == ("v1", "v2", "v3")
+
+
+# Labels of nodes
+
+
+@pytest.mark.parametrize(
+    "labels", [{}, {"pool": "train"}, {"dpo.dev/pool": "in(a, b-1)", "market": "!spot", "x": "!in(a,b)"}], ids=str
+)
+def test_node_labels_that_ray_can_select_are_taken_by_every_kind_of_resources(labels):
+    for kind in (DataResources, ActorResources, EngineResources, TrainResources):
+        assert kind(node_labels=labels).node_labels == labels
+    assert validate_label_selector(labels) is None
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"pool": ""},
+        {"pool": "two words"},
+        {"pool": "in()"},
+        {"pool": "-x"},
+        {"po ol": "x"},
+        {"a/b/c": "x"},
+        {"": "x"},
+        {"x": "!!y"},
+    ],
+    ids=str,
+)
+def test_node_labels_that_ray_cannot_select_are_refused(labels):
+    for kind in (DataResources, TrainResources):
+        with pytest.raises(ValidationError, match="expected a Kubernetes label"):
+            kind(node_labels=labels)
+
+
+def test_node_labels_of_evaluate_would_be_ignored_and_are_refused():
+    with pytest.raises(ValidationError, match="set theirs"):
+        RunConfig.model_validate(changed("evaluate.resources.node_labels", {"pool": "x"}))
+    assert PreferenceRun.model_validate(minimal_preferences() | {"evaluate": {"resources": {"node_labels": {"pool": "x"}}}})
+
+
+# What must not be written down
+
+
+@pytest.mark.parametrize(
+    ("field", "uri"),
+    [
+        ("root", "s3://KEY:hunter2@bucket/runs"),
+        ("root", "s3://bucket/runs?access_key=KEY&secret_key=hunter2"),
+        ("prompts.source", "https://user:hunter2@host/prompts.jsonl"),
+        ("prompts.source", "https://host/prompts.jsonl?X-Amz-Signature=hunter2"),
+        ("prompts.source", "az://container/p.jsonl?sas_token=hunter2"),
+    ],
+)
+def test_uri_that_holds_credentials_is_refused_without_repeating_them(field, uri, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed(field, uri)))
+    with pytest.raises(ConfigError, match=f"{field}: a URI holds credentials") as error:
+        load_config(str(tmp_path / "run.yaml"))
+    assert "hunter2" not in str(error.value)
+    assert "KEY" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://bucket/runs?region=eu-west-1&endpoint_override=host:9000", "gs://bucket/a@b/tokens", "/a@b:c"]
+)
+def test_uri_without_credentials_is_taken(uri):
+    assert RunConfig.model_validate(changed("root", uri)).root == uri
+
+
+@pytest.mark.parametrize("name", ["hf_token", "load_format", "trust_remote_code", "model", "revision"])
+def test_engine_args_that_decide_what_is_loaded_and_how_are_refused(name):
+    with pytest.raises(ValidationError, match=f"{name} is no engine argument here"):
+        RunConfig.model_validate(changed("generate.engine_args", {name: "x", "max_num_seqs": 8}))

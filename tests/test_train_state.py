@@ -1,6 +1,7 @@
 """Checkpoints in one process over a gloo group of its own; what two ranks do with them is in test_train_state_two_ranks.py."""
 
 import itertools
+import json
 import pickle
 import resource
 import threading
@@ -115,6 +116,15 @@ def test_saving_holds_no_step_while_a_checkpoint_is_written(where, path, uninter
     assert run(where, path) == (2, uninterrupted)
 
 
+def test_saving_now_writes_a_checkpoint_that_no_step_was_due_for(where, path, uninterrupted):
+    model, optimizer = fresh(path)
+    with train_state.saving(where, model, optimizer, every=100, num_steps=6, kept=2) as save:
+        for step, _ in enumerate(training.take(model, optimizer, PAIRS, PLAN[:3]), 1):
+            save(step, uninterrupted[:step], step == 3)
+    assert whole(where) == [3]
+    assert run(where, path) == (3, uninterrupted)
+
+
 def test_saving_publishes_the_log_of_each_checkpoint(where, path, uninterrupted):
     published = []
     run(where, path, publish=lambda log: published.append(log))
@@ -141,7 +151,7 @@ class Trap:
         return Path.touch, (self.trace,)
 
 
-@pytest.mark.parametrize("harm", ["missing", "shorter", "another byte", "pickle"])
+@pytest.mark.parametrize("harm", ["missing", "shorter", "another byte", "pickle", "unlisted pickle", "pickle beside"])
 def test_damaged_checkpoint_is_passed_over_for_the_one_before(where, path, uninterrupted, tmp_path, harm):
     run(where, path, until=5)
     damaged = newest(where)
@@ -154,8 +164,14 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(where, path, unint
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
+    elif harm == "pickle beside":
+        (damaged / "__0.metadata").write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
     else:
         (damaged / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
+        if harm == "unlisted pickle":
+            record = json.loads((damaged / train_state.RECORD).read_text())
+            record["files"] = [file for file in record["files"] if file["path"] != ".metadata"]
+            (damaged / train_state.RECORD).write_text(json.dumps(record))
     assert run(where, path, until=4) == (2, uninterrupted[:4])
     assert not (tmp_path / "trace").exists()
     assert whole(where) == [4, 2], "the damaged one does not count as one of the two that are kept"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_ray import train_state
+from dpo_ray import preemption, train_state
 from dpo_ray.errors import StageError
 
 from .learn import ranks, tiny, training
@@ -71,6 +71,13 @@ def damaged_shard_of_the_other_rank(root: Path, path: str):
     return run(root, "damaged", path)
 
 
+def notices() -> list[bool]:
+    """What each of six steps hears where rank 1 alone learns of a node that goes, after its second, and of one more later."""
+    told = iter([0, 0, 1, 1, 2, 2] if dist.get_rank() == 1 else [0] * 6)
+    noticed = preemption.watch(dist.new_group(backend="gloo"), lambda: next(told))
+    return [noticed() for _ in range(6)]
+
+
 def every_scenario(root: Path, path: str) -> dict:
     return {
         "uninterrupted": run(root, "uninterrupted", path),
@@ -80,6 +87,7 @@ def every_scenario(root: Path, path: str) -> dict:
         "full": with_one_full_disk(root, path),
         "damaged": damaged_shard_of_the_other_rank(root, path),
         "to one": run(root, "to one", path, until=5),
+        "notices": notices(),
     }
 
 
@@ -147,3 +155,8 @@ def test_two_ranks_both_stop_where_the_disk_of_one_is_full(results, root, one_ra
 def test_two_ranks_both_pass_over_what_one_of_them_finds_damaged(results):
     for rank in range(2):
         assert results[rank]["damaged"] == (2, results[rank]["uninterrupted"][1])
+
+
+def test_two_ranks_hear_of_a_notice_that_one_of_them_got_at_the_same_step_and_once(results):
+    for rank in range(2):
+        assert results[rank]["notices"] == [False, False, False, True, False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +13,31 @@ OTHER_PARALLELISM = ("tensor_parallel", "context_parallel", "pipeline_parallel",
 """What users of other trainers look for here."""
 
 
-class DataResources(Block):
+LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL_KEY = re.compile(rf"([a-zA-Z0-9.-]{{1,253}}/)?{LABEL}")
+LABEL_VALUE = re.compile(rf"!?{LABEL}|!?in\({LABEL}(, ?{LABEL})*\)")
+
+
+class Placed(Block):
+    """On which nodes a stage may run."""
+
+    node_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the nodes must have, as Ray's label_selector has them: {pool: train}; a value can also be `!spot` or
+    `in(a100, h100)`."""
+
+    @field_validator("node_labels")
+    @classmethod
+    def node_labels_can_be_selected(cls, labels: dict[str, str]) -> dict[str, str]:
+        for key, value in labels.items():
+            if not LABEL_KEY.fullmatch(key) or not LABEL_VALUE.fullmatch(value):
+                raise ValueError(
+                    f"got {key!r}: {value!r}; expected a Kubernetes label such as `pool: train` (up to 63 letters, digits, "
+                    "`-`, `_` and `.`), or a value `!spot`, `in(a, b)` or `!in(a, b)`"
+                )
+        return labels
+
+
+class DataResources(Placed):
     """Where a row-wise stage runs."""
 
     rows_per_part: int = Field(default=64, ge=1)
@@ -21,7 +46,7 @@ class DataResources(Block):
     """CPUs of one task."""
 
 
-class ActorResources(Block):
+class ActorResources(Placed):
     """Where a stage with a loaded model runs."""
 
     rows_per_part: int = Field(default=64, ge=1)
@@ -70,7 +95,7 @@ class EngineResources(ActorResources):
         return self
 
 
-class TrainResources(Block):
+class TrainResources(Placed):
     """Where training runs."""
 
     workers: int | tuple[int, int] = 1

@@ -32,6 +32,8 @@ class RunBlock(Block):
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along."""
     seed: int = 0
+    max_wait_s: float = Field(default=3600.0, gt=0)
+    """Longest that a stage waits for the nodes that it needs; then the run ends, and the same command goes on from there."""
     train: TrainBlock
 
     @field_validator("root")

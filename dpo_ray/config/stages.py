@@ -29,6 +29,15 @@ class Sampling(Block):
     """More end tokens than the model's own."""
 
 
+NOT_ENGINE_ARGS = {
+    "model": "set policy",
+    "revision": "set policy_revision",
+    "trust_remote_code": "set trust_remote_code of the run",
+    "load_format": "weights are read from safetensors only",
+    "hf_token": "it would be written into resolved.yaml and manifests; set HF_TOKEN or HF_TOKEN_PATH on the nodes",
+}
+
+
 class Generate(Block):
     """Sample completions with one vLLM engine per actor."""
 
@@ -54,6 +63,13 @@ class Generate(Block):
     max_dropped: float = Field(default=0.05, ge=0, le=1)
     """The stage fails when more than this share of its rows is quarantined."""
     resources: EngineResources = EngineResources()
+
+    @field_validator("engine_args")
+    @classmethod
+    def engine_args_leave_what_and_how_to_load(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in NOT_ENGINE_ARGS.keys() & arguments.keys():
+            raise ValueError(f"{name} is no engine argument here: {NOT_ENGINE_ARGS[name]}; take it out")
+        return arguments
 
     @model_validator(mode="after")
     def hf_engine_has_no_frequency_penalties(self) -> Generate:
@@ -188,6 +204,16 @@ class Evaluate(Block):
     bootstrap_samples: int = Field(default=2000, ge=100)
     """Resamples of the prompts for the 95 % intervals."""
     resources: DataResources = DataResources()
+
+    @field_validator("resources")
+    @classmethod
+    def nodes_are_those_of_the_stages_it_borrows_from(cls, resources: DataResources) -> DataResources:
+        if resources.node_labels:
+            raise ValueError(
+                "node_labels would be ignored: evaluate samples, scores and computes log-probabilities on the nodes of "
+                "generate, score and reference; set theirs"
+            )
+        return resources
 
 
 class EvaluatePairs(Block):

@@ -74,6 +74,9 @@ class TrainBlock(Block):
     that is not finite, a full disk, unusable input) stops at once."""
     max_setup_failures: int = Field(default=10, ge=0)
     """Times that starting the workers may fail: a lost node, a taken port, no room for them within a minute."""
+    max_preemptions: int = Field(default=100, ge=0)
+    """Times that training may lose a node with notice. At the notice it writes a checkpoint, and goes on until the node is
+    gone."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """Longest that a worker waits for the others in one exchange before it counts as a failure. It must cover how much
     longer than the fastest worker the slowest one takes to load the policy, and to read or write its part of a

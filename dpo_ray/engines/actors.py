@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -125,8 +126,9 @@ class Companion:
     def __init__(self, policy: PolicyRef) -> None:
         self.policy = policy
         self.began: set[str] = set()
-        self.crashes = 0
+        self.crashes: set[str] = set()
         self.loading: dict[str, int] = {}
+        self.starts: Counter[str] = Counter()
 
     @ray.method(max_task_retries=START_RETRIES)
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
@@ -136,20 +138,27 @@ class Companion:
     def loads(self, engine: str) -> int:
         """The engine loads its policy from now on; how often it has died since it did so with success."""
         self.loading[engine] = self.loading.get(engine, -1) + 1
+        self.starts[engine] += 1
         return self.loading[engine]
 
     @ray.method(max_task_retries=START_RETRIES)
     def loaded(self, engine: str) -> None:
         self.loading.pop(engine, None)
 
+    @ray.method(max_task_retries=START_RETRIES)
     def begins(self, token: str) -> None:
         """The call `token` runs from now on, with nothing else in its engine."""
         self.began.add(token)
 
+    @ray.method(max_task_retries=START_RETRIES)
     def crashed(self, token: str) -> tuple[bool, int]:
         """Whether the call that failed had begun, and how many calls have crashed an engine by now."""
-        self.crashes += token in self.began
-        return token in self.began, self.crashes
+        self.crashes |= {token} & self.began
+        return token in self.began, len(self.crashes)
+
+    def restarts(self) -> int:
+        """How often engines have started again."""
+        return self.starts.total() - len(self.starts)
 
     @ray.method(max_task_retries=START_RETRIES)
     def processes(self) -> Family:

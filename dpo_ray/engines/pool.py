@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpo_ray.engines.actors import Companion, EngineActor, Family, load_failure
@@ -22,11 +22,14 @@ from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.errors import ResourceError, StageError
+from dpo_ray.flow.fit import free_places
+from dpo_ray.flow.stage import Needs
 
 MAX_CRASHES = 32
 """Of all engines of a pool together; beyond it the engines are broken, not single prompts."""
 PIECES = 4
 """Into how many a part is cut that crashed its engine; a crash costs a start, a piece one short call."""
+MAX_COMPANION_DEATHS = 8
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -63,12 +66,15 @@ class EnginePool:
 
     def _start(self, policy: PolicyRef) -> None:
         settings, self.policy = self.settings, policy
-        self.companion: ActorHandle = ray.remote(Companion).options(num_cpus=0, max_restarts=2).remote(policy)
+        where = dict(settings.node_labels)
+        companion = ray.remote(Companion).options(num_cpus=0, max_restarts=MAX_COMPANION_DEATHS, label_selector=where)
+        self.companion: ActorHandle = companion.remote(policy)
         actor = ray.remote(EngineActor).options(
             num_cpus=settings.cpus,
             num_gpus=settings.gpus,
             max_concurrency=settings.parts_in_flight + 4,
             max_restarts=MAX_CRASHES + 1,
+            label_selector=where,
         )
         self.actors = [actor.remote(settings, policy, self.companion) for _ in range(self.count)]
         try:
@@ -123,6 +129,14 @@ class EnginePool:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
         return ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens))
 
+    def restarts(self) -> int:
+        """How often engines have started again since `use` last started them; 0 while that cannot be told."""
+        try:
+            restarts: Any = ray.get(self.companion.restarts.remote(), timeout=5)
+            return restarts
+        except (RayActorError, GetTimeoutError):
+            return 0
+
     def _least_loaded(self) -> ActorHandle:
         if len(self.actors) == 1:
             return self.actors[0]
@@ -155,14 +169,26 @@ class EnginePool:
         by_node: dict[str, set[tuple[int, float]]] = {}
         for node, family in known:
             by_node.setdefault(node, set()).update(family)
-        alive_nodes = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         for node, family in by_node.items():
-            if node not in alive_nodes:
-                continue
-            here = NodeAffinitySchedulingStrategy(node, soft=False)
-            left = ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
-            if left:
+            if left := _left_on(node, family):
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
+
+
+def _left_on(node: str, family: set[tuple[int, float]]) -> list[int]:
+    """Processes of the family that outlive SIGKILL; none on a node that is gone, also where that shows only meanwhile."""
+    if not _lives(node):
+        return []
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return ray.get(_reap.options(scheduling_strategy=here).remote(sorted(family), CLOSE_TIMEOUT_S))
+    except RayError:
+        if _lives(node):
+            raise
+        return []
+
+
+def _lives(node: str) -> bool:
+    return any(n["Alive"] for n in ray.nodes() if n["NodeID"] == node)
 
 
 def _not_loaded(settings: EngineSettings, policy: PolicyRef, cause: str) -> str:
@@ -200,8 +226,6 @@ def _reap(family: list[tuple[int, float]], timeout_s: float) -> list[int]:
 
 
 def _free_places(settings: EngineSettings) -> int:
-    free = ray.available_resources()
-    by_cpu = free.get("CPU", 0) / settings.cpus if settings.cpus else float("inf")
-    by_gpu = free.get("GPU", 0) / settings.gpus if settings.gpus else float("inf")
-    places = min(by_cpu, by_gpu)
-    return int(places) if places != float("inf") else 1
+    if not settings.cpus and not settings.gpus:
+        return 1
+    return free_places(Needs(1, settings.cpus, settings.gpus, node_labels=settings.node_labels))

@@ -38,3 +38,5 @@ class EngineSettings(NamedTuple):
     parts_in_flight: int
     closed: bool
     """Finish each call alone before the next begins (deterministic runs)."""
+    node_labels: Mapping[str, str] = {}
+    """Of the nodes that engines run on, as Ray's label_selector."""

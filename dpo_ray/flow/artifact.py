@@ -111,6 +111,7 @@ def write_table(directory: str, path: str, table: pa.Table) -> FileRecord:
     return FileRecord(path=path, rows=table.num_rows, bytes=data.size, sha256=hashlib.sha256(data).hexdigest())
 
 
+@storage.patient
 def read_table(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
     fs, path = storage.filesystem(uri)
     with fs.open_input_file(path) as file:
@@ -119,13 +120,16 @@ def read_table(uri: str, columns: Iterable[str] | None = None) -> pa.Table:
 
 def record_files(directory: str, below: str) -> list[FileRecord]:
     """Records of the files that a stage wrote by itself below `directory`/`below`, hashed as they lie there."""
-    records = []
-    for name in storage.list_files(f"{directory}/{below}", recursive=True):
-        data = storage.filesystem(f"{directory}/{below}/{name}")
-        digest, size = hashlib.sha256(), 0
-        with data[0].open_input_stream(data[1]) as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-                size += len(chunk)
-        records.append(FileRecord(path=f"{below}/{name}", rows=None, bytes=size, sha256=digest.hexdigest()))
-    return records
+    names = storage.list_files(f"{directory}/{below}", recursive=True)
+    return [_record_file(directory, f"{below}/{name}") for name in names]
+
+
+@storage.patient
+def _record_file(directory: str, path: str) -> FileRecord:
+    fs, place = storage.filesystem(f"{directory}/{path}")
+    digest, size = hashlib.sha256(), 0
+    with fs.open_input_stream(place) as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(path=path, rows=None, bytes=size, sha256=digest.hexdigest())

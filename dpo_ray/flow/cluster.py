@@ -1,4 +1,4 @@
-"""The Ray cluster under a run: connect to it, check what fits, and prove that a stage gave back what it held."""
+"""The Ray cluster under a run: connect to it, see that every node reads the root, and prove that a stage gave back all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from dpo_ray.errors import ResourceError
-from dpo_ray.flow.stage import Needs
+from dpo_ray.flow.fit import Node, live_nodes
 
 RELEASE_TIMEOUT_S = 60.0
 
@@ -37,7 +38,7 @@ def connect() -> None:
 
 def worker_environment() -> dict[str, Any]:
     """Ray's runtime_env for the workers of this driver."""
-    environment: dict[str, Any] = {"env_vars": dict(QUIET)}
+    environment: dict[str, Any] = {"env_vars": {**QUIET, **WATCHFUL}}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a submitted job brings its code in its working_dir
         return environment
     checkout = str(Path(__file__).resolve().parents[2])
@@ -47,6 +48,8 @@ def worker_environment() -> dict[str, Any]:
     return environment
 
 
+WATCHFUL = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+"""A node may have half a minute from notice to end; Ray Train would look every 5 s."""
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -61,53 +64,22 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def check_fits(stage: str, needs: Needs) -> None:
-    """Raise when the cluster's nodes, all idle, could not hold what the stage needs.
-
-    Raises:
-        ResourceError: the message says what a bundle needs, how many fit, and what the nodes have.
-    """
-    if not needs.count:
-        return
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    have = "; ".join(f"{n.get('CPU', 0):g} CPU + {n.get('GPU', 0):g} GPU" for n in nodes)
-    fitting = sum(_bundles_on(node, needs) for node in nodes)
-    if fitting < needs.count:
-        raise ResourceError(
-            f"{stage} needs {needs}, but only {fitting} fit on this cluster (nodes: {have}). "
-            f"Lower `resources` of {stage}, or add nodes"
-        )
-    left = sum(n.get("CPU", 0) for n in nodes) - needs.count * needs.cpus
-    if left < needs.beside:
-        raise ResourceError(
-            f"{stage} needs {needs} and {needs.beside:g} CPU for the tasks that feed it, but only {left:g} CPU would be left "
-            f"on this cluster (nodes: {have}). Lower `resources` of {stage}, or add nodes"
-        )
-
-
-def fits_now(needs: Needs) -> bool:
-    """Whether what is free right now holds the stage and leaves a CPU for Ray Data's tasks."""
-    free = ray.available_resources()
-    cpus_left = free.get("CPU", 0) - needs.count * needs.cpus
-    return cpus_left >= 1 and free.get("GPU", 0) >= needs.count * needs.gpus
-
-
-def _bundles_on(node: Mapping[str, float], needs: Needs) -> int:
-    by_cpu = int(node.get("CPU", 0) / needs.cpus) if needs.cpus else needs.count
-    by_gpu = int(node.get("GPU", 0) / needs.gpus) if needs.gpus else needs.count
-    return min(by_cpu, by_gpu)
-
-
 def held_placement_groups() -> set[str]:
     """Ids of the placement groups that hold or wait for resources."""
     return {i for i, g in placement_group_table().items() if g["state"] not in ("REMOVED",)}
 
 
+def used_resources() -> dict[str, float]:
+    """CPUs and GPUs that something holds, on nodes that live."""
+    nodes = live_nodes()
+    return {k: sum(n.total.get(k, 0) - n.free.get(k, 0) for n in nodes) for k in ("CPU", "GPU")}
+
+
 class Idle:
-    """What was free and held before a stage, to compare with after it (a snapshot; holds nothing)."""
+    """What was held before a stage, to compare with after it, whatever nodes came or went (a snapshot; holds nothing)."""
 
     def __init__(self) -> None:
-        self.free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+        self.used = used_resources()
         self.groups = held_placement_groups()
 
     def wait(self, what: str, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
@@ -126,8 +98,7 @@ class Idle:
             time.sleep(0.1)
 
     def _missing(self) -> list[str]:
-        now = ray.available_resources()
-        held = [f"{v - now.get(k, 0):g} {k}" for k, v in self.free.items() if now.get(k, 0) < v - 1e-6]
+        held = [f"{v - self.used[k]:g} {k}" for k, v in used_resources().items() if v > self.used[k] + 1e-6]
         return held + [f"placement group {g}" for g in sorted(held_placement_groups() - self.groups)]
 
 
@@ -152,8 +123,7 @@ def probe_shared(root: str) -> None:
                 f"root {root} is not seen by node {node}: {error}. Use a path on shared storage, or a URI such as s3://"
             )
     finally:
-        fs, path = storage.filesystem(probe)
-        fs.delete_file(path)
+        storage.delete_file(probe)
 
 
 def _read_on_every_node(probe: str) -> Iterable[tuple[str, str]]:
@@ -169,7 +139,16 @@ def _read_on_every_node(probe: str) -> Iterable[tuple[str, str]]:
         except OSError as error:
             return str(error)
 
-    nodes = [n for n in ray.nodes() if n["Alive"]]
-    affinity = [NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in nodes]
-    answers = ray.get([read.options(scheduling_strategy=a).remote() for a in affinity])
-    return [(n["NodeManagerAddress"], a) for n, a in zip(nodes, answers, strict=True) if a]
+    nodes = live_nodes()
+    affinity = [NodeAffinitySchedulingStrategy(n.id, soft=False) for n in nodes]
+    asked = [read.options(scheduling_strategy=a).remote() for a in affinity]
+    answers = [_answer(one, node) for one, node in zip(asked, nodes, strict=True)]
+    return [(node.address, a) for node, a in zip(nodes, answers, strict=True) if a]
+
+
+def _answer(asked: Any, node: Node) -> str | None:
+    """What a node said; nothing where it is gone meanwhile."""
+    try:
+        return ray.get(asked)
+    except RayError as error:
+        return str(error).splitlines()[0] if node.id in {n.id for n in live_nodes()} else None

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from pydantic import BaseModel, ValidationError
-from ray.data import Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.exceptions import RayActorError, WorkerCrashedError
 
 from dpo_ray.errors import DpoRayError, SchemaError, StageError
 from dpo_ray.flow import storage
@@ -33,6 +34,8 @@ PART = "_part"
 DROP_REASON = "drop_reason"
 RETRY_ADVICE = "\nFailed to apply UDF transform after "  # Ray Data appends its settings to the message of every error
 MAX_PART_BYTES = 64 << 20  # above this Ray splits a block, and a part would no longer be one
+MAX_DEATHS = 8
+"""How often Ray Data's task, or actor, may lose its process or node; without a limit a crash that comes again never ends."""
 
 
 class Slice(NamedTuple):
@@ -77,10 +80,35 @@ class Tasks(NamedTuple):
     cpus: float = 0.25
     at_a_time: int | None = None
     """None: as many as fit."""
+    node_labels: Mapping[str, str] = {}
 
     def options(self) -> dict[str, Any]:
-        compute = TaskPoolStrategy(self.at_a_time)
-        return {"batch_size": None, "batch_format": "pyarrow", "num_cpus": self.cpus, "compute": compute}
+        return {
+            "num_cpus": self.cpus,
+            "compute": TaskPoolStrategy(self.at_a_time),
+            "max_retries": MAX_DEATHS,
+            "label_selector": dict(self.node_labels),
+        }
+
+
+class Actors(NamedTuple):
+    """How a class, which holds a model, runs as Ray Data actors on whole parts."""
+
+    min_actors: int
+    max_actors: int
+    cpus: float
+    gpus: float
+    node_labels: Mapping[str, str] = {}
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "compute": ActorPoolStrategy(min_size=self.min_actors, max_size=self.max_actors),
+            "max_restarts": MAX_DEATHS,
+            "max_task_retries": MAX_DEATHS,
+            "label_selector": dict(self.node_labels),
+        }
 
 
 class Grain(NamedTuple):
@@ -149,7 +177,9 @@ def run_parts(
     sink = _make_sink(directory, attempts, {p.name: p for p in parts}, grain, stage, count)
 
     def report() -> None:
-        context.progress.update(sum(r.rows_in for r in records.values()), total, _sum_counters(records.values()))
+        counters = _sum_counters(records.values())
+        counters["dropped"] = sum(n for r in records.values() for n in r.dropped.values())
+        context.progress.update(sum(r.rows_in for r in records.values()), total, counters)
 
     context.progress.begin(stage)
     report()
@@ -157,8 +187,8 @@ def run_parts(
         ray.data.DataContext.get_current().raise_original_map_exception = True  # its wrapping loses the cause on the way here
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
-        options = (ends or Tasks(at_a_time=_tasks_beside_actors())).options()
-        sunk = transform(source.map_batches(_load, **options)).map_batches(sink, **options)
+        options = ends or Tasks(at_a_time=_tasks_beside_actors())
+        sunk = map_parts(transform(map_parts(source, _load, options)), sink, options)
         try:
             for row in sunk.iter_rows():
                 record = PartRecord.model_validate_json(row["record"])
@@ -169,6 +199,15 @@ def run_parts(
     output = _summary(parts, records, stage, max_dropped)
     _check_unique(directory, [r.file for r in records.values() if r.file], grain.key_out, stage)
     return output
+
+
+def map_parts(ds: Dataset, work: Any, how: Tasks | Actors, *constructor_args: Any) -> Dataset:
+    """Run a function, or a class that is made with `constructor_args`, on every part as one pyarrow table."""
+    # Not `map_batches`: it takes no GPUs without a batch size, and with one Ray joins small parts and cuts large ones.
+    options = how.options()
+    if isinstance(how, Actors):
+        options["fn_constructor_args"] = constructor_args
+    return ds.map_batches_internal(work, batch_size=None, batch_format="pyarrow", **options)
 
 
 def _tasks_beside_actors() -> int:
@@ -185,6 +224,11 @@ def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
 
 def first_cause(error: BaseException, stage: str) -> DpoRayError:
     """Our own error inside Ray's wrappings as it was raised; any other as a StageError that names its kind."""
+    if isinstance(error, WorkerCrashedError | RayActorError):
+        return StageError(
+            f"{stage}: its process died more than {MAX_DEATHS} times at the same rows: {str(error).splitlines()[0]} The usual "
+            "reasons are too little memory, and a crash in native code of the model or function; see Ray's worker logs"
+        )
     innermost = error
     while inner := getattr(innermost, "cause", None) or innermost.__cause__:
         if inner.args and isinstance(inner.args[0], str):

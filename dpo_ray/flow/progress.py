@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import TextIO
@@ -22,6 +23,7 @@ class Progress:
         self.key = self.label = ""
         self.started = self.last = 0.0
         self.first: int | None = None
+        self.writing = threading.Lock()
 
     def stage_started(self, key: str) -> None:
         self.key = key
@@ -47,16 +49,20 @@ class Progress:
         seconds, fresh = max(now - self.started, 1e-9), done - self.first
         parts = [f"{self.label:<{WIDTH}} {done}/{total} rows"]
         if fresh:
-            if measured := counters.get("tokens_per_s"):
-                parts.append(f"{measured:,.0f} tokens/s")
-            else:
+            measured, tokens = counters.get("tokens_per_s"), counters.get("tokens")
+            if not measured:
                 parts.append(f"{fresh / seconds:.1f} rows/s")
-            if tokens := counters.get("tokens"):
-                parts.append(f"{tokens * fresh / done / seconds:,.0f} tokens/s")
+                measured = tokens and tokens * fresh / done / seconds
+            if measured:
+                parts.append(f"{measured:,.0f} tokens/s")
             if done < total:
                 parts.append(f"{(total - done) * seconds / fresh:.0f} s left")
         parts += [f"{k} {v:.4g}" for k, v in counters.items() if k.startswith(("loss", "rewards/"))]
         self._line(", ".join(parts), end=False)
+
+    def waits(self, text: str) -> None:
+        """Say at once that a stage waits, and for what; from any thread."""
+        self._line(text, end=False)
 
     def stage_done(self, key: str, manifest: Manifest, *, skipped: bool) -> None:
         rows = f"{manifest.rows_in} in, {manifest.rows_out} out"
@@ -65,8 +71,9 @@ class Progress:
         self._line(f"{key:<{WIDTH}} {state}: {rows}" + (f", dropped {dropped}" if dropped else ""), end=True)
 
     def _line(self, text: str, *, end: bool) -> None:
-        if self.live:
-            self.stream.write(f"\r\x1b[K{text}" + ("\n" if end else ""))
-        else:
-            self.stream.write(f"{text}\n")
-        self.stream.flush()
+        with self.writing:
+            if self.live:
+                self.stream.write(f"\r\x1b[K{text}" + ("\n" if end else ""))
+            else:
+                self.stream.write(f"{text}\n")
+            self.stream.flush()

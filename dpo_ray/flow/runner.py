@@ -15,11 +15,13 @@ from enum import StrEnum
 from typing import Any
 
 from dpo_ray.errors import StageError, StaleArtifactError
-from dpo_ray.flow import cluster, storage
+from dpo_ray.flow import cluster, fit, storage, waiting
 from dpo_ray.flow.artifact import MANIFEST, Artifact, Manifest, read_artifact, write_manifest
 from dpo_ray.flow.fingerprint import differing_fields, fingerprint
 from dpo_ray.flow.lease import Lease
+from dpo_ray.flow.metrics import Measured
 from dpo_ray.flow.progress import Progress
+from dpo_ray.flow.pulse import pulse
 from dpo_ray.flow.stage import Engine, EngineSpec, Stage, StageContext, StageOutput
 from dpo_ray.flow.versions import git_commit, library_versions
 
@@ -110,21 +112,23 @@ def run_plan(
     redo: Collection[str] = (),
     progress: Progress,
     begin: Callable[[], object] = lambda: None,
+    max_wait_s: float = waiting.LIMIT_S,
 ) -> list[Outcome]:
     """Run the stages in order, as the one driver of this run, and return one outcome each.
 
     Args:
         begin: Called before the first stage, once the run is this driver's alone.
+        max_wait_s: Longest that a stage waits for the nodes that it needs.
 
     Raises:
         StaleArtifactError: a committed stage has other settings.
         ConfigError: a scorer, policy or source that any stage names cannot be used; nothing has run then.
-        ResourceError: a stage does not fit the cluster, or did not give back what it held.
+        ResourceError: a stage does not fit the cluster, found no room in time, or did not give back what it held.
         StageError: a stage failed; what it committed is kept, and the same command goes on from there.
     """
     outcomes: list[Outcome] = []
     artifacts: dict[str, Artifact] = {}
-    lease = Lease(root)
+    lease = Lease(root, progress.waits)
     holder = _EngineHolder()
     try:
         # All of them before the first stage runs: a scorer that does not import must not be found after generation.
@@ -139,7 +143,7 @@ def run_plan(
             if artifact is None:
                 if action is Action.REDO:
                     supersede(root, stage.key)
-                artifact = _run_stage(stage, directory, wanted, inputs, holder, progress, lease)
+                artifact = _run_stage(stage, root, wanted, inputs, holder, progress, lease, max_wait_s)
             stage.check(artifact)
             artifacts[stage.key] = artifact
             outcomes.append(Outcome(stage, artifact, skipped=action is Action.SKIP))
@@ -155,8 +159,7 @@ def supersede(root: str, key: str) -> None:
     directory = f"{root}/{key}"
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     storage.copy_directory(directory, f"{root}/superseded/{stamp}/{key}")
-    fs, path = storage.filesystem(f"{directory}/{MANIFEST}")
-    fs.delete_file(path)
+    storage.delete_file(f"{directory}/{MANIFEST}")
     storage.delete_directory(directory)
 
 
@@ -166,22 +169,28 @@ def _asked_again(stage: Stage, redo: Collection[str]) -> bool:
 
 def _run_stage(
     stage: Stage,
-    directory: str,
+    root: str,
     wanted: Mapping[str, Any],
     inputs: Mapping[str, Artifact],
     holder: _EngineHolder,
     progress: Progress,
     lease: Lease,
+    max_wait_s: float,
 ) -> Artifact:
-    cluster.check_fits(stage.key, stage.needs)
-    started = time.monotonic()
+    directory, measured = f"{root}/{stage.key}", Measured(progress, root.rpartition("/")[2], stage)
+    fit.check_fits(stage.key, stage.needs)
     progress.stage_started(stage.key)
-    engine = holder.engine_for(stage, inputs)
-    idle = cluster.Idle()
-    context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, progress)
-    output = stage.run(context)
+    if not holder.keeps_for(stage) and waiting.wait_for_room(stage.key, stage.needs, progress.waits, limit_s=max_wait_s):
+        cluster.probe_shared(root)  # by the nodes that have come meanwhile
+    started = time.monotonic()
+    with pulse(stage.key, measured, holder.restarts):
+        engine = holder.engine_for(stage, inputs)
+        idle = cluster.Idle()
+        context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, measured)
+        output = stage.run(context)
     idle.wait(stage.key)
     lease.check()
+    measured.ended(output)
     return write_manifest(directory, _manifest(stage, wanted, output, time.monotonic() - started))
 
 
@@ -193,18 +202,27 @@ class _EngineHolder:
         self.engine: Engine | None = None
         self.idle: cluster.Idle | None = None
 
+    def keeps_for(self, stage: Stage) -> bool:
+        """Whether the stage has its place already, in the engine that runs; an engine that is in its way is closed."""
+        if stage.engine and self.spec and self.spec.key == stage.engine.key:
+            return True
+        if self.engine and (stage.engine or not fit.fits_now(stage.needs)):
+            self.close()
+        return False
+
     def engine_for(self, stage: Stage, inputs: Mapping[str, Artifact]) -> Engine | None:
         """The engine of a stage, started now or kept from before; None for a stage that uses none."""
         if stage.engine is None:
-            if self.engine and not cluster.fits_now(stage.needs):
-                self.close()
             return None
-        if self.spec is None or self.spec.key != stage.engine.key:
-            self.close()
+        if self.spec is None:
             self.idle = cluster.Idle()
             self.engine = stage.engine.start(inputs)
             self.spec = stage.engine
         return self.engine
+
+    def restarts(self) -> int:
+        """How often the running engines have started again."""
+        return self.engine.restarts() if self.engine else 0
 
     def close(self) -> None:
         """Close the engine and prove that its resources are back."""

@@ -19,13 +19,21 @@ class Needs:
     what: str = ""
     """What one bundle is, for messages: `engine`, `train worker`."""
     beside: float = 0.0
-    """CPUs of the Ray Data tasks that must find room beside the bundles; without it they would wait for ever."""
+    """CPUs of the Ray Data tasks that must find room beside the bundles, on any node; without it they would wait for ever."""
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """What the nodes of the bundles must have, as Ray's label_selector."""
 
     def __str__(self) -> str:
         if not self.count:
             return "-"
         gpus = f" + {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.count} {self.what} x {self.cpus:g} CPU{gpus}"
+        labels = f" on {labels_text(self.node_labels)}" if self.node_labels else ""
+        return f"{self.count} {self.what} x {self.cpus:g} CPU{gpus}{labels}"
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    """Labels as people read them: `pool=train, market=!spot`."""
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
 
 
 class Engine(Protocol):
@@ -33,6 +41,10 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop it, and return only when its processes are gone."""
+        ...
+
+    def restarts(self) -> int:
+        """How often engines of it have died and started again."""
         ...
 
 
@@ -54,6 +66,10 @@ class Progress(Protocol):
 
     def update(self, done: int, total: int, counters: Mapping[str, float]) -> None:
         """Rows done, rows in all, and counters such as tokens; the first call says what was already done before."""
+        ...
+
+    def waits(self, text: str) -> None:
+        """Say what the stage waits for."""
         ...
 
 

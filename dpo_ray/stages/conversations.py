@@ -29,13 +29,13 @@ def stage(config: SftRun) -> Stage:
         config={"seed": config.seed, **block.model_dump(mode="json", exclude=LATER)},
         inputs={},
         external=lambda: source_fingerprint(block),
-        needs=Needs(1, block.resources.cpus, 0.0, "reader"),
+        needs=Needs(1, block.resources.cpus, 0.0, "reader", node_labels=block.resources.node_labels),
         resources=block.resources.model_dump(mode="json"),
         run=lambda context: take_in_files(
             functools.partial(read_conversations, block, config.seed),
             context.directory,
             rows_per_file=ROWS_PER_FILE,
-            cpus=block.resources.cpus,
+            resources=block.resources,
         ),
     )
 

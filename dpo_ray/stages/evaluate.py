@@ -17,7 +17,7 @@ from dpo_ray import ranking
 from dpo_ray.config import RunConfig, Sampling
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
-from dpo_ray.flow import cluster, storage
+from dpo_ray.flow import fit, storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files, write_table
 from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
@@ -110,7 +110,7 @@ def _evaluate(config: RunConfig, context: StageContext, steps: Steps) -> StageOu
     }
     if how != plain:
         sampled["kl"] = _sample(context, steps, prompts, refs["policy"], plain, 1, "samples/kl")
-    if not (cluster.fits_now(steps.logps_needs) and cluster.fits_now(steps.score_needs)):
+    if not (fit.fits_now(steps.logps_needs) and fit.fits_now(steps.score_needs)):
         context.release_engine()
 
     scored = {

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 
 from dpo_ray import ranking
 from dpo_ray.config import ActorResources, PreferenceRun, Train
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files
-from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts
+from dpo_ray.flow.parts import Actors, Grain, Part, Slice, Tasks, map_parts, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.intake import split_group
 from dpo_ray.schemas import PREFERENCES
@@ -47,7 +47,7 @@ class Steps(NamedTuple):
 
 def stage(config: PreferenceRun, round_: int, start: str, reference: str, steps: Steps) -> Stage:
     """Stage `evaluate` of round `round_`; `start` and `reference` are keys of stages that committed a policy."""
-    block = config.evaluate
+    block, resources = config.evaluate, config.evaluate.resources
     return Stage(
         name="evaluate",
         round=round_,
@@ -66,8 +66,8 @@ def stage(config: PreferenceRun, round_: int, start: str, reference: str, steps:
             "reference": reference,
         },
         run=lambda context: _evaluate(config, context, steps),
-        needs=Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "evaluation actor", beside=0.25),
-        resources=block.resources.model_dump(mode="json"),
+        needs=Needs(resources.min_actors, resources.cpus, resources.gpus, "evaluation actor", 0.25, resources.node_labels),
+        resources=resources.model_dump(mode="json"),
     )
 
 
@@ -76,7 +76,8 @@ def _evaluate(config: PreferenceRun, context: StageContext, steps: Steps) -> Sta
         policy_ref(context.inputs[role], trust_remote_code=config.trust_remote_code)
         for role in ("start", "policy", "reference")
     )
-    block = config.evaluate
+    block, resources = config.evaluate, config.evaluate.resources
+    actors = Actors(resources.min_actors, resources.max_actors, resources.cpus, resources.gpus, resources.node_labels)
     pairs = run_parts(
         lambda ds: steps.ingest(ds, start),
         steps.held_out(context.inputs["preferences"], config),
@@ -88,16 +89,8 @@ def _evaluate(config: PreferenceRun, context: StageContext, steps: Steps) -> Sta
         directory=f"{context.directory}/pairs",
     )
     compared = run_parts(
-        lambda ds: ds.map_batches(
-            _CompareActor,
-            fn_constructor_args=(policy, reference, config.train, block.max_batch_tokens, block.resources),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=block.resources.min_actors, max_size=block.resources.max_actors),
-            num_cpus=block.resources.cpus,
-            num_gpus=block.resources.gpus,
-        ),
-        _parts(f"{context.directory}/pairs", pairs.files, block.resources.rows_per_part),
+        lambda ds: map_parts(ds, _CompareActor, actors, policy, reference, config.train, block.max_batch_tokens, resources),
+        _parts(f"{context.directory}/pairs", pairs.files, resources.rows_per_part),
         context,
         Grain("pair_id", "pair_id", COMPARED),
         stage="evaluate compare",

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 
 from dpo_ray import ranking
 from dpo_ray.config import SftRun
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, read_table, record_files
-from dpo_ray.flow.parts import Grain, Part, Tasks, run_parts
+from dpo_ray.flow.parts import Actors, Grain, Part, Tasks, map_parts, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.logps_actor import How, LogpsActor, per_token_name
 
@@ -54,7 +54,7 @@ def stage(config: SftRun, start: str, trained: str, steps: Steps) -> Stage:
         config={"dtype": config.train.dtype, "tokenize": steps.tokenize_config},
         inputs={"conversations": "conversations", "start": start, "policy": trained},
         run=lambda context: _evaluate(config, context, steps),
-        needs=Needs(resources.min_actors, resources.cpus, resources.gpus, "evaluation actor", beside=0.25),
+        needs=Needs(resources.min_actors, resources.cpus, resources.gpus, "evaluation actor", 0.25, resources.node_labels),
         resources=resources.model_dump(mode="json"),
     )
 
@@ -63,17 +63,11 @@ def _evaluate(config: SftRun, context: StageContext, steps: Steps) -> StageOutpu
     policies = [policy_ref(context.inputs[role], trust_remote_code=config.trust_remote_code) for role in ROLES]
     how = How(config.train.dtype, config.train.share_prompt, config.evaluate.max_batch_tokens, per_token=True)
     resources = config.evaluate.resources
+    actors = Actors(resources.min_actors, resources.max_actors, resources.cpus, resources.gpus, resources.node_labels)
 
     def score(ds: Dataset) -> Dataset:
-        return steps.tokenize(ds, policies[0]).map_batches(
-            _TurnActor,
-            fn_constructor_args=(policies, how, resources.gpus > 0, resources.cpus),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-        )
+        tokenized = steps.tokenize(ds, policies[0])
+        return map_parts(tokenized, _TurnActor, actors, policies, how, resources.gpus > 0, resources.cpus)
 
     scored = run_parts(
         score,

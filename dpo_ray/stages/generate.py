@@ -16,7 +16,7 @@ from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Grain, Part, Tasks, mark_dropped, run_parts
+from dpo_ray.flow.parts import Grain, Part, Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import COMPLETION, COMPLETIONS, TOKENS, completion_id, sample_seed
 
@@ -66,7 +66,8 @@ def result_config(block: Generate) -> dict[str, Any]:
 
 
 def engine_needs(block: Generate) -> Needs:
-    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "engine", beside=0.25)
+    resources = block.resources
+    return Needs(resources.min_actors, resources.cpus, resources.gpus, "engine", 0.25, resources.node_labels)
 
 
 def engine_spec(config: RunConfig) -> EngineSpec:
@@ -83,6 +84,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
         cpus=resources.cpus,
         parts_in_flight=resources.parts_in_flight,
         closed=block.deterministic,
+        node_labels=resources.node_labels,
     )
 
     def start(inputs: Mapping[str, Artifact]) -> EnginePool:
@@ -127,7 +129,7 @@ def generate(
         table = table.append_column("prompt_token_ids", pa.array(token_ids, TOKENS))
         return table.append_column("completions", pa.array(completions, pa.list_(COMPLETION)))
 
-    return ds.map_batches(sample, **tasks(engine, block).options())
+    return map_parts(ds, sample, tasks(engine, block))
 
 
 def tasks(engine: EnginePool, block: Generate) -> Tasks:

@@ -15,7 +15,7 @@ from dpo_ray.config import PreferenceRun, Preferences
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.render import cached_tokenizer, render
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import DROP_REASON, Grain, Part, Tasks, mark_dropped, run_parts
+from dpo_ray.flow.parts import DROP_REASON, Grain, Part, Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, TOKENS
 
@@ -51,7 +51,7 @@ def stage(
         config={"pairs_per_round": config.pairs_per_round, **result_config(block)},
         inputs={"preferences": "preferences", "policy": start},
         run=run,
-        needs=Needs(1, block.resources.cpus, 0.0, "pair task"),
+        needs=Needs(1, block.resources.cpus, 0.0, "pair task", node_labels=block.resources.node_labels),
         resources=block.resources.model_dump(mode="json"),
     )
 
@@ -63,7 +63,7 @@ def result_config(block: Preferences) -> dict[str, Any]:
 
 
 def tasks(block: Preferences) -> Tasks:
-    return Tasks(block.resources.cpus)
+    return Tasks(block.resources.cpus, node_labels=block.resources.node_labels)
 
 
 def ingest(ds: Dataset, policy: PolicyRef, block: Preferences, round_: int) -> Dataset:
@@ -90,7 +90,7 @@ def ingest(ds: Dataset, policy: PolicyRef, block: Preferences, round_: int) -> D
             fitted.append(([], [], reason))
         return _as_preferences(table, [ids for ids, _ in rendered], fitted, round_, block.label_source)
 
-    return ds.map_batches(tokenize, **tasks(block).options())
+    return map_parts(ds, tokenize, tasks(block))
 
 
 def fit(prompt_tokens: int, chosen: list[int], rejected: list[int], max_tokens: int, *, cut: bool) -> Fitted:

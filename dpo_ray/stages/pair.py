@@ -16,7 +16,7 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from dpo_ray.config import Pair, RunConfig
-from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, run_parts, split_into_parts
+from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, content_id
 
@@ -37,7 +37,7 @@ def stage(config: RunConfig, round_: int) -> Stage:
             context,
             GRAIN,
             stage="pair",
-            ends=Tasks(config.pair.resources.cpus),
+            ends=tasks(config.pair),
             count=count_pairs,
         )
 
@@ -48,7 +48,7 @@ def stage(config: RunConfig, round_: int) -> Stage:
         config={"seed": config.seed, **config.pair.model_dump(mode="json", exclude={"resources"})},
         inputs={"scored": f"round_{round_:02d}/score"},
         run=run,
-        needs=Needs(1, config.pair.resources.cpus, 0.0, "pair task"),
+        needs=Needs(1, config.pair.resources.cpus, 0.0, "pair task", node_labels=config.pair.resources.node_labels),
         resources=config.pair.resources.model_dump(mode="json"),
     )
 
@@ -60,7 +60,11 @@ def pair(ds: Dataset, block: Pair, seed: int) -> Dataset:
         rows = [out for row in table.to_pylist() for out in pair_prompt(row, block, seed)]
         return pa.Table.from_pylist(rows, schema=IN_FLIGHT)
 
-    return ds.map_batches(pair_table, **Tasks(block.resources.cpus).options())
+    return map_parts(ds, pair_table, tasks(block))
+
+
+def tasks(block: Pair) -> Tasks:
+    return Tasks(block.resources.cpus, node_labels=block.resources.node_labels)
 
 
 def pair_prompt(row: dict[str, Any], block: Pair, seed: int) -> list[dict[str, Any]]:

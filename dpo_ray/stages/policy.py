@@ -17,6 +17,7 @@ from dpo_ray.config import Run
 from dpo_ray.engines.policies import model_identity
 from dpo_ray.errors import ConfigError
 from dpo_ray.flow import storage
+from dpo_ray.flow.parts import MAX_DEATHS, first_cause
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn.policy_files import check_policy_directory
 from dpo_ray.quickstart.policy import NUM_STEPS, build_policy, policy_key
@@ -72,11 +73,14 @@ def _build(config: Run, policy: str, key: str) -> str:
     """Build an embedded policy once per content, below the root, so that every run of that root shares it."""
     target = f"{config.root}/policies/{policy}-{key}"
     if not storage.exists(f"{target}/{COMPLETE}"):
-        ray.get(_build_task.remote(target, config.seed, STEPS[policy]))
+        try:
+            ray.get(_build_task.remote(target, config.seed, STEPS[policy]))
+        except ray.exceptions.RayError as error:
+            raise first_cause(error, "policy") from error
     return target
 
 
-@ray.remote(num_cpus=1, max_retries=0)
+@ray.remote(num_cpus=1, max_retries=MAX_DEATHS)
 def _build_task(target: str, seed: int, num_steps: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         build_policy(f"{scratch}/policy", seed, num_steps=num_steps)

@@ -32,14 +32,14 @@ def stage(config: PreferenceRun) -> Stage:
         config={"seed": config.seed, **block.model_dump(mode="json", exclude=LATER)},
         inputs={},
         external=lambda: source_fingerprint(block),
-        needs=Needs(1, block.resources.cpus, 0.0, "reader"),
+        needs=Needs(1, block.resources.cpus, 0.0, "reader", node_labels=block.resources.node_labels),
         check=lambda artifact: check_enough(artifact, config),  # before any round is paid for
         resources=block.resources.model_dump(mode="json"),
         run=lambda context: take_in_files(
             functools.partial(read_preferences, block, config.seed),
             context.directory,
             rows_per_file=ROWS_PER_FILE,
-            cpus=block.resources.cpus,
+            resources=block.resources,
         ),
     )
 

@@ -28,14 +28,14 @@ def stage(config: RunConfig) -> Stage:
         config={"seed": config.seed, **config.prompts.model_dump(mode="json", exclude={"resources", "max_dropped"})},
         inputs={},
         external=lambda: source_fingerprint(config.prompts),
-        needs=Needs(1, resources.cpus, 0.0, "reader"),
+        needs=Needs(1, resources.cpus, 0.0, "reader", node_labels=resources.node_labels),
         check=lambda artifact: slice_of_round(artifact, config, config.rounds - 1),  # before any round is paid for
         resources=resources.model_dump(mode="json"),
         run=lambda context: take_in_files(
             functools.partial(read_prompts, config.prompts, config.seed),
             context.directory,
             rows_per_file=resources.rows_per_part,
-            cpus=resources.cpus,
+            resources=resources,
         ),
     )
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 
 from dpo_ray.config import ActorResources, Run
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow.artifact import read_table, write_table
-from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts, split_into_parts
+from dpo_ray.flow.parts import Actors, Grain, Part, Slice, Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn import LOGPS_VERSION
 from dpo_ray.logps_actor import COMPUTED, How, LogpsActor
@@ -42,14 +42,14 @@ def stage(config: Run, round_: int, reference: str) -> Stage:
         def add(ds: Dataset) -> Dataset:
             ds = add_logps(ds, policy, own_how(config, policy.identity), LOGPS_COLUMNS, block.resources)
             name = functools.partial(_name_reference, identity=policy.identity)
-            return ds.map_batches(name, batch_size=None, batch_format="pyarrow", num_cpus=0.1)
+            return map_parts(ds, name, Tasks(cpus=0.1))
 
         parts = split_into_parts(context.inputs["pairs"], block.resources.rows_per_part)
         if block.reuse == "none":
             return run_parts(add, parts, context, GRAIN, stage="reference", count=count_tokens)
         probed = probe_sampler(config, context, policy.identity, add)
         take = functools.partial(_take_from_sampler, identity=policy.identity)
-        reuse = lambda ds: ds.map_batches(take, **Tasks().options())
+        reuse = lambda ds: map_parts(ds, take, Tasks())
         return replace(run_parts(reuse, parts, context, GRAIN, stage="reference", ends=Tasks()), metrics=probed)
 
     return Stage(
@@ -76,7 +76,7 @@ def per_token(config: Run) -> bool:
 
 def needs(config: Run) -> Needs:
     resources = config.reference.resources
-    return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor", beside=0.25)
+    return Needs(resources.min_actors, resources.cpus, resources.gpus, "logps actor", 0.25, resources.node_labels)
 
 
 def how(config: Run) -> How:
@@ -95,15 +95,8 @@ def add_logps(ds: Dataset, policy: PolicyRef, how: How, columns: dict[str, str],
 
     Adds COMPUTED too: how many values of a row were not in the cache.
     """
-    return ds.map_batches(
-        LogpsActor,
-        fn_constructor_args=(policy, how, columns, resources.gpus > 0, resources.cpus),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-    )
+    actors = Actors(resources.min_actors, resources.max_actors, resources.cpus, resources.gpus, resources.node_labels)
+    return map_parts(ds, LogpsActor, actors, policy, how, columns, resources.gpus > 0, resources.cpus)
 
 
 def probe_sampler(config: Run, context: StageContext, reference: str, add: Callable[[Dataset], Dataset]) -> dict[str, float]:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 
-from dpo_ray.config import FunctionScore, RewardModelScore, RunConfig
+from dpo_ray.config import DataResources, FunctionScore, RewardModelScore, RunConfig
 from dpo_ray.errors import StageError
-from dpo_ray.flow.parts import Grain, Tasks, run_parts, split_into_parts
+from dpo_ray.flow.parts import Actors, Grain, Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import SCORED, SCORED_COMPLETION
 from dpo_ray.scorers.function import call, function_sources, load_function
@@ -72,9 +72,10 @@ def sources(block: FunctionScore | RewardModelScore) -> dict[str, str]:
 
 
 def needs(block: FunctionScore | RewardModelScore) -> Needs:
-    if isinstance(block, FunctionScore):
-        return Needs(1, block.resources.cpus, 0.0, "scorer task")
-    return Needs(block.resources.min_actors, block.resources.cpus, block.resources.gpus, "reward model", beside=0.25)
+    resources = block.resources
+    if isinstance(resources, DataResources):
+        return Needs(1, resources.cpus, 0.0, "scorer task", node_labels=resources.node_labels)
+    return Needs(resources.min_actors, resources.cpus, resources.gpus, "reward model", 0.25, resources.node_labels)
 
 
 def check_dropped(counters: Mapping[str, float], max_dropped: float) -> None:
@@ -98,24 +99,19 @@ def score(ds: Dataset, block: FunctionScore | RewardModelScore, trust_remote_cod
     """Add `score` to every completion of rows of COMPLETIONS."""
     if isinstance(block, FunctionScore):
         judge = functools.partial(_judge_by_function, block=block)
-        return ds.map_batches(
-            functools.partial(_score_table, judge=judge, block=block),
-            **Tasks(block.resources.cpus).options(),
-        )
-    return ds.map_batches(
-        _RewardModelActor,
-        fn_constructor_args=(block, trust_remote_code),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=block.resources.min_actors, max_size=block.resources.max_actors),
-        num_cpus=block.resources.cpus,
-        num_gpus=block.resources.gpus,
-    )
+        return map_parts(ds, functools.partial(_score_table, judge=judge, block=block), function_tasks(block))
+    resources = block.resources
+    how = Actors(resources.min_actors, resources.max_actors, resources.cpus, resources.gpus, resources.node_labels)
+    return map_parts(ds, _RewardModelActor, how, block, trust_remote_code)
 
 
 def tasks(block: FunctionScore | RewardModelScore) -> Tasks | None:
     """The tasks that call the function; None for a reward model, which has actors."""
-    return Tasks(block.resources.cpus) if isinstance(block, FunctionScore) else None
+    return function_tasks(block) if isinstance(block, FunctionScore) else None
+
+
+def function_tasks(block: FunctionScore) -> Tasks:
+    return Tasks(block.resources.cpus, node_labels=block.resources.node_labels)
 
 
 def count_scores(table: pa.Table) -> dict[str, float]:

@@ -17,7 +17,7 @@ from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.render import cached_tokenizer
 from dpo_ray.errors import ConfigError
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Grain, Part, Tasks, mark_dropped, run_parts
+from dpo_ray.flow.parts import Grain, Part, Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import TOKENS, TURNS, content_id
 
@@ -50,7 +50,7 @@ def stage(config: SftRun, start: str, parts: Callable[[Artifact], list[Part]]) -
         config=result_config(block),
         inputs={"conversations": "conversations", "policy": start},
         run=run,
-        needs=Needs(1, block.resources.cpus, 0.0, "tokenize task"),
+        needs=Needs(1, block.resources.cpus, 0.0, "tokenize task", node_labels=block.resources.node_labels),
         resources=block.resources.model_dump(mode="json"),
     )
 
@@ -61,7 +61,7 @@ def result_config(block: Conversations) -> dict[str, Any]:
 
 
 def tasks(block: Conversations) -> Tasks:
-    return Tasks(block.resources.cpus)
+    return Tasks(block.resources.cpus, node_labels=block.resources.node_labels)
 
 
 def tokenize(ds: Dataset, policy: PolicyRef, block: Conversations) -> Dataset:
@@ -88,7 +88,7 @@ def tokenize(ds: Dataset, policy: PolicyRef, block: Conversations) -> Dataset:
             taken = taken.append_column(name, pa.array(column, TOKENS))
         return taken
 
-    return ds.map_batches(turns, **tasks(block).options())
+    return map_parts(ds, turns, tasks(block))
 
 
 def fit(tokenizer: Any, messages: list, tools: str | None, end_id: int, block: Conversations) -> tuple[list[Any], str | None]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 
 from dpo_ray import train_log
-from dpo_ray.config import Run, Train
+from dpo_ray.config import Run, Train, TrainBlock
 from dpo_ray.engines.policies import policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
@@ -26,7 +26,7 @@ from dpo_ray.train_worker import run_worker
 
 VERSION = 1
 CHANGES_NO_RESULT = {"resources", "checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt"}
-CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "collective_timeout_s"}
+CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "max_preemptions", "collective_timeout_s"}
 """Settings that can change between two attempts at one result: they change it by rounding at most."""
 
 
@@ -45,23 +45,32 @@ def stage(config: Run, round_: int | None, start: str, rows: str) -> Stage:
         },
         inputs={"pairs": rows, "policy": start},
         run=lambda context: _train(config, round_, context),
-        needs=Needs(block.resources.min_workers, block.resources.cpus, block.resources.gpus, "train worker"),
+        needs=needs(block),
         resources=block.resources.model_dump(mode="json"),
     )
+
+
+def needs(block: TrainBlock) -> Needs:
+    resources = block.resources
+    return Needs(resources.min_workers, resources.cpus, resources.gpus, "train worker", node_labels=resources.node_labels)
 
 
 def _train(config: Run, round_: int | None, context: StageContext) -> StageOutput:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dpo_ray.train_failures import StopAtOurErrors, fit, run_until_started
+    from dpo_ray.train_scaling import Trainer
 
     pairs, block, resources = context.inputs["pairs"], config.train, config.train.resources
     rows = sum(f.rows or 0 for f in pairs.tables())
     # The name holds the fingerprint: a rerun resumes its own checkpoints, and no other round's are ever picked up.
     state, name = f"{context.directory}/state", f"attempt-{context.fingerprint[:12]}"
-    board = ray.remote(_Board).options(num_cpus=0).remote()
+    # On the driver's own node, so that no other node's end takes them.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
     arguments = {
         "config": config,
         "round": round_,
@@ -79,20 +88,23 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
     if isinstance(resources.workers, tuple):
         context.release_engine()  # Ray counts how many workers fit from what nodes have, not from what is free
     filesystem, path = storage.filesystem(state)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         run_worker,
         train_loop_config=arguments,
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+            label_selector=resources.node_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(
-                max_failures=block.max_failures, controller_failure_limit=block.max_setup_failures
+                max_failures=block.max_failures,
+                controller_failure_limit=block.max_setup_failures,
+                max_preemption_failures=block.max_preemptions,
             ),
             callbacks=[StopAtOurErrors()],
         ),
@@ -100,7 +112,7 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
     )
 
     def attempt() -> None:
-        done = ray.remote(fit).options(num_cpus=0, max_retries=0).remote(trainer)
+        done = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(trainer)
         while not ray.wait([done], timeout=0.5)[0]:
             latest = ray.get(board.latest.remote())
             if latest:

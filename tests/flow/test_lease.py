@@ -45,14 +45,32 @@ def test_lease_of_a_reused_pid_is_taken_over(tmp_path):
     Lease(str(tmp_path)).release()
 
 
-@pytest.mark.parametrize(("age_s", "refused"), [(1.0, True), (lease.EXPIRES_S + 1, False)])
-def test_lease_of_another_machine_counts_by_the_age_of_its_heartbeat(tmp_path, age_s, refused):
-    holder_of(tmp_path, host="elsewhere", time=time.time() - age_s)
-    if refused:
-        with pytest.raises(ResourceError, match="elsewhere"):
-            Lease(str(tmp_path))
-    else:
-        Lease(str(tmp_path)).release()
+def test_lease_of_another_machine_without_a_sign_of_life_for_long_is_taken_over_at_once(tmp_path):
+    holder_of(tmp_path, host="elsewhere", time=time.time() - lease.EXPIRES_S - 1)
+    said = []
+    Lease(str(tmp_path), said.append).release()
+    assert said == []
+
+
+@pytest.mark.parametrize("clock_s", [0.0, 3600.0], ids=["same clock", "clock ahead"])
+def test_lease_of_a_head_that_died_a_moment_ago_is_waited_out(tmp_path, monkeypatch, clock_s):
+    """As a new cluster finds it that came up at once."""
+    monkeypatch.setattr(lease, "EXPIRES_S", 0.6)
+    monkeypatch.setattr(lease, "LOOK_S", 0.05)
+    holder_of(tmp_path, host="elsewhere", time=time.time() + clock_s)
+    said, started = [], time.monotonic()
+    taken = Lease(str(tmp_path), said.append)
+    assert 0.3 < time.monotonic() - started < 5
+    assert len(said) == 1
+    taken.check()
+    taken.release()
+
+
+def test_lease_of_another_machine_that_gives_a_sign_of_life_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "LOOK_S", 0.05)
+    holder_of(tmp_path, host="elsewhere")
+    with pytest.raises(ResourceError, match="elsewhere"):
+        Lease(str(tmp_path), lambda said: holder_of(tmp_path, host="elsewhere", time=time.time() + 1))
 
 
 def test_lease_taken_over_by_another_commits_nothing_more_and_leaves_it_alone(tmp_path):

@@ -1,15 +1,32 @@
 import json
+import os
 import uuid
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+import ray
+import ray.data
 
 from dpo_ray.errors import ConfigError, SchemaError, StageError
-from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Part, Slice, mark_dropped, run_parts, split_into_parts
+from dpo_ray.flow import parts
+from dpo_ray.flow.parts import (
+    DROP_REASON,
+    PART,
+    Actors,
+    Grain,
+    Part,
+    Slice,
+    Tasks,
+    map_parts,
+    mark_dropped,
+    run_parts,
+    split_into_parts,
+)
 
 from ..artifacts import commit_tables, context, kept, quarantined
+from ..conftest import LABELS
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("value", pa.float64(), nullable=False)])
 GRAIN = Grain("id", "id", SCHEMA)
@@ -27,7 +44,7 @@ def source(tmp_path):
 
 def mapped(function):
     """A stage's function that runs `function` once a part."""
-    return lambda ds: ds.map_batches(function, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    return lambda ds: map_parts(ds, function, Tasks())
 
 
 def doubled(table):
@@ -320,3 +337,63 @@ def test_run_parts_part_above_the_size_of_a_block_is_refused_before_the_work(tmp
     with pytest.raises(StageError, match="rows_per_part"):
         run(tmp_path, source, mapped(doubled))
     assert run(tmp_path, source, mapped(doubled), parts=[Part("part-00000", (Slice(source.uri(source.tables()[0]), 0, 1),))])
+
+
+class Doubler:
+    def __call__(self, table):
+        return doubled(table)
+
+
+@real
+def test_map_parts_takes_actors_with_gpus_and_labels_on_whole_parts(source):
+    """Making the plan; there is no GPU to run it on. `map_batches` refuses GPUs without a batch size."""
+    ds = ray.data.from_items([{"id": "a", "value": 1.0}])
+    made = map_parts(ds, Doubler, Actors(1, 2, 1.0, 1.0, LABELS))
+    arguments = made._logical_plan.dag.ray_remote_args
+    assert {k: arguments[k] for k in ("num_cpus", "num_gpus", "label_selector")} == {
+        "num_cpus": 1.0,
+        "num_gpus": 1.0,
+        "label_selector": LABELS,
+    }
+
+
+@real
+def test_run_parts_with_labels_that_the_node_has_runs_there(tmp_path, source):
+    how = Tasks(node_labels=LABELS)
+    output = run(tmp_path, source, lambda ds: map_parts(ds, doubled, how), ends=how)
+    assert output.rows_out == 10
+
+
+def note_start_and_die(directory):
+    (directory / uuid.uuid4().hex).touch()
+    os._exit(1)
+
+
+class Dying:
+    """Loads, and dies of the row-04."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __call__(self, table):
+        if "row-04" in table["id"].to_pylist():
+            note_start_and_die(self.directory)
+        return doubled(table)
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["task", "actor"])
+def test_run_parts_process_that_dies_of_a_part_again_and_again_ends_the_stage(tmp_path, source, monkeypatch, kind):
+    """Ray Data itself would start it for ever."""
+    monkeypatch.setattr(parts, "MAX_DEATHS", 2)
+    (tmp_path / "starts").mkdir()
+    if kind == "task":
+        die = lambda table: note_start_and_die(tmp_path / "starts") if "row-04" in table["id"].to_pylist() else doubled(table)
+        transform = lambda ds: map_parts(ds, die, Tasks(cpus=0.5))
+    else:
+        transform = lambda ds: map_parts(ds, Dying, Actors(1, 1, 1.0, 0.0), tmp_path / "starts")
+    with pytest.raises(StageError, match=r"^double: its process died more than 2 times .*memory.*$") as error:
+        run(tmp_path, source, transform)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(list((tmp_path / "starts").iterdir())) == 3

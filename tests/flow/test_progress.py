@@ -67,3 +67,11 @@ def test_progress_of_training_shows_its_own_tokens_a_second_and_counts_time_left
     progress.update(40, 100, {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "tokens_per_s": 12345.6})
     last = stream.getvalue().splitlines()[-1]
     assert last.endswith("40/100 rows, 12,346 tokens/s, 15 s left, loss 0.5, rewards/margins 0.25, rewards/accuracies 0.75")
+
+
+def test_progress_says_at_once_what_a_stage_waits_for():
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.stage_started("round_00/train")
+    progress.waits("round_00/train waits for 2 train worker x 1 CPU")
+    assert stream.getvalue().splitlines()[-1] == "round_00/train waits for 2 train worker x 1 CPU"

@@ -11,6 +11,7 @@ from dpo_ray.flow.runner import Action
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 
 from ..artifacts import Silent
+from ..conftest import NUM_CPUS
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -224,6 +225,16 @@ def test_run_plan_stage_that_does_not_fit_the_cluster_is_refused_before_it_runs(
     assert world.events == []
 
 
+def test_run_plan_stage_that_finds_no_room_in_time_says_so_and_leaves_nothing(world, idle_ray, hold):
+    hold()
+    stages = [world.stage("pair"), world.stage("score", needs=Needs(NUM_CPUS, 1.0, 0.0, "task"))]
+    with pytest.raises(ResourceError, match=r"round_00/score found no room for 4 task x 1 CPU within max_wait_s=0.1"):
+        runner.run_plan(stages, str(world.root), progress=Silent(), max_wait_s=0.1)
+    assert world.events == ["round_00/pair"]
+    assert not (world.root / "_lease.json").exists()
+    assert world.run(stages[:1]) == []  # what was committed before is kept
+
+
 def test_run_plan_second_driver_is_refused(world):
     def nested(context: StageContext) -> StageOutput:
         with pytest.raises(ResourceError):
@@ -280,6 +291,9 @@ def with_engine(world, name, key="a", round_=0, **fields):
     class FakeEngine:
         def close(self) -> None:
             world.events.append(f"close {key}")
+
+        def restarts(self) -> int:
+            return 0
 
     def start(inputs):
         world.events.append(f"start {key}")

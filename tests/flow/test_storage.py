@@ -1,9 +1,15 @@
+import errno
 import itertools
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dpo_ray.errors import ConfigError
-from dpo_ray.flow import storage
+from dpo_ray.flow import artifact, lease, storage
+
+from ..waiting import wait_until
 
 _buckets = itertools.count()
 
@@ -79,3 +85,104 @@ def test_filesystem_of_an_unknown_scheme_is_a_config_error_that_names_it():
 @pytest.mark.parametrize(("uri", "local"), [("/a/b", True), ("file:///a", True), ("s3://b/a", False), ("memory://a", False)])
 def test_is_local_tells_paths_from_object_stores(uri, local):
     assert storage.is_local(uri) is local
+
+
+# Storage that is away for a while
+
+
+class Away(MemoryFileSystem):
+    """A filesystem that fails as often as it is told to, each call once."""
+
+    protocol = "away"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    failures: ClassVar[list[Exception]] = []
+
+    def info(self, path, **kwargs):
+        return self._or_fail(super().info, path, **kwargs)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return self._or_fail(super()._open, path, mode, **kwargs)
+
+    def _or_fail(self, call, *args, **kwargs):
+        if self.failures:
+            raise self.failures.pop(0)
+        return call(*args, **kwargs)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """Says which errors come next; half a second of pauses becomes a millisecond."""
+    fsspec.register_implementation("away", Away, clobber=True)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    storage.write_bytes("away://bucket/file", b"whole")
+    yield Away.failures.extend
+    Away.failures.clear()
+
+
+PASSING = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    ConnectionResetError("reset by peer"),
+    TimeoutError("no answer"),
+    OSError("When reading 'a' in bucket 'b': AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7"),
+    OSError("When reading 'a' in bucket 'b': AWS Error SLOW_DOWN during GetObject operation: reduce your request rate"),
+]
+LASTING = [
+    FileNotFoundError("gone"),
+    PermissionError("not yours"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("When reading 'a' in bucket 'b': AWS Error ACCESS_DENIED during GetObject operation: Access Denied."),
+    OSError("When testing for existence of bucket 'b': AWS Error NO_SUCH_BUCKET during HeadBucket operation"),
+    OSError("Couldn't deserialize thrift: don't know what type"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_storage_that_is_away_for_a_while_is_waited_for(away, error):
+    away([error] * 3)
+    assert storage.read_bytes("away://bucket/file") == b"whole"
+    away([error] * 3)
+    storage.write_bytes("away://bucket/other", b"new")
+    away([error] * 2)
+    assert storage.read_bytes("away://bucket/other") == b"new"
+    assert Away.failures == []
+
+
+@pytest.mark.parametrize("error", LASTING, ids=str)
+def test_storage_error_that_another_try_meets_again_comes_at_once(away, error):
+    away([error, PASSING[0]])
+    with pytest.raises(type(error)):
+        storage.read_bytes("away://bucket/file")
+    assert len(Away.failures) == 1
+
+
+def test_storage_that_stays_away_ends_in_its_own_error(away, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.05)
+    away([OSError(errno.EIO, "Input/output error")] * 1000)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.read_bytes("away://bucket/file")
+
+
+def test_manifest_and_tables_are_read_and_written_through_an_outage(away):
+    away([PASSING[0]] * 2)
+    record = artifact.write_table("away://bucket/stage", "part-0.parquet", artifact.pa.table({"a": [1, 2]}))
+    away([PASSING[2]] * 2)
+    assert artifact.read_table("away://bucket/stage/part-0.parquet")["a"].to_pylist() == [1, 2]
+    away([PASSING[3]] * 2)
+    (again,) = artifact.record_files("away://bucket", "stage")
+    assert again.sha256 == record.sha256
+    assert Away.failures == []
+
+
+def test_lease_outlives_storage_that_is_away(away, monkeypatch):
+    """Its heartbeat skips what it cannot write, and goes on."""
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
+    held = lease.Lease("away://bucket/run")
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
+    before = storage.read_json(held.uri)["time"]
+    away([OSError(errno.EIO, "Input/output error")] * 5)
+    wait_until(lambda: not Away.failures)
+    wait_until(lambda: storage.read_json(held.uri)["time"] > before + 0.05)
+    held.check()
+    held.release()

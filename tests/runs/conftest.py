@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -17,6 +19,10 @@ import pytest
 from dpo_ray.quickstart.policy import build_policy
 
 ROOT = Path(__file__).resolve().parents[2]
+SECRETS = {
+    name: f"secret-{uuid.uuid4().hex}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
+}
+"""In the environment of every node and of whoever submits; test_job_submit.py looks for them in all that is written."""
 
 
 class Cluster(NamedTuple):
@@ -25,6 +31,28 @@ class Cluster(NamedTuple):
     env: dict[str, str]
     bin: Path
     pid: int
+    temp: Path
+    """Where Ray writes: its sessions, with every log."""
+
+    @contextmanager
+    def join(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node, until the block is left."""
+        start = [str(self.bin / "python"), "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        start += [f"--address={self.env['RAY_ADDRESS']}", "--dashboard-agent-listen-port=0", *options]
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(start, env=self.env, stdout=log, stderr=log, start_new_session=True)
+            try:
+                yield process
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+
+    def state(self, of: str) -> list[Any]:
+        """What Ray's state API lists: `nodes`, `actors` or `tasks`, in full."""
+        from ray.util import state
+
+        listing = getattr(state, f"list_{of}")
+        return listing(address=self.env["RAY_API_SERVER_ADDRESS"], limit=5000, detail=True, raise_on_missing_output=False)
 
     def processes(self) -> list[str]:
         """Titles of the cluster's processes; that of a worker says which task or actor runs in it."""
@@ -68,6 +96,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **SECRETS,
         }
         fixed = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
         command = [
@@ -86,7 +115,7 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
         process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard, process, Path(log.name))
-            yield Cluster(env, bin_, process.pid)
+            yield Cluster(env, bin_, process.pid, Path(temp))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:

@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from dpo_ray.pair_table import REFERENCE, ROWS, PairTable
 from pipelines import full_round
 
 from ..learn.tiny import naive_logps
-from .conftest import ROOT, Cluster
+from .conftest import ROOT, SECRETS, Cluster
 
 PROMPTS, EVAL = 48, 32
 
@@ -125,6 +127,27 @@ def test_round_submitted_evaluation_samples_each_policy_from_its_own_weights(run
             for c in row["completions"]:
                 expected = naive_logps(model, row["prompt_token_ids"], c["token_ids"])
                 assert c["sampler_logps_sum"] == pytest.approx(expected, abs=1e-3), role
+
+
+def test_round_submitted_writes_no_secret_of_its_environment_anywhere(run: Path, cluster: Cluster) -> None:
+    """Not into the run, not into Ray's logs, and not where the dashboard shows jobs, runtime environments and actors."""
+    written = [p for below in (run, cluster.temp / "session_latest") for p in below.rglob("*") if p.is_file()]
+    known = {"_manifest.json", "resolved.yaml", "gcs_server.out", "dashboard.log", "runtime_env_agent.log"}
+    assert known <= {p.name for p in written}
+    pages = {path: _dashboard(cluster, path) for path in ("/api/jobs/", "/nodes?view=summary", "/api/serve/applications/")}
+    pages |= {f"/api/v0/{of}": _dashboard(cluster, f"/api/v0/{of}?detail=True") for of in ("actors", "tasks", "workers")}
+    assert b"full_round.py" in pages["/api/jobs/"]
+    assert b"EngineActor" in pages["/api/v0/actors"]
+    texts = [(str(p), p.read_bytes()) for p in written] + list(pages.items())
+    assert [(where, name) for where, text in texts for name, secret in SECRETS.items() if secret.encode() in text] == []
+
+
+def _dashboard(cluster: Cluster, path: str) -> bytes:
+    try:
+        with urllib.request.urlopen(cluster.env["RAY_API_SERVER_ADDRESS"] + path, timeout=60) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        return error.read()
 
 
 def test_round_submitted_again_skips_every_stage(
