@@ -14,9 +14,7 @@ from dpo_ray.flow.stage import StageOutput
 from dpo_ray.intake import Intake
 
 
-def take_in_files(
-    read: Callable[[], Intake], directory: str, *, rows_per_file: int, resources: DataResources
-) -> StageOutput:
+def take_in_files(read: Callable[[], Intake], directory: str, *, rows_per_file: int, resources: DataResources) -> StageOutput:
     """Run `read` where the cluster has room, and commit-ready files below `directory`.
 
     Raises:

@@ -1,9 +1,9 @@
 """Notices that a node of a training run is about to be taken away, agreed on by all ranks at the same step.
 
 Ray learns of it when a node drains: by SIGTERM to `ray start` on it, as Kubernetes ends a pod (it then drains for
-RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, 30 s), by an autoscaler, or by `ray drain-node`. Ray Train's watcher then tells every
-worker, each at its own moment. Its `ray.train.get_preemption_info` would make them agree by a call that all must answer in every step; this reads
-what the worker was told, and exchanges it beside the step.
+RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, 30 s), by an autoscaler, or by `ray drain-node`. Ray Train's watcher then tells
+every worker, each at its own moment. Its `ray.train.get_preemption_info` would make them agree by a call that all must answer
+in every step; this reads what the worker was told, and exchanges it beside the step.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_ray.config.block import Block, Dtype
 from dpo_ray.config.resources import ActorResources, DataResources, EngineResources

@@ -182,8 +182,15 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
         Mistake("gpu", "PersistentVolumeClaim", "spec.accessModes", ["ReadWriteOnce"], "does not see the root"),
     ],
     check_fit: [
+        job(f"{TRAIN_RAY}.resources.limits.nvidia\\.com/gpu", "4", "8 x train: 4 CPU + 1 GPU on {'dpo-ray/pool': 'train'}"),
+        job(f"{TRAIN}.labels.dpo-ray/pool", "training", "train: 4 CPU + 1 GPU on {'dpo-ray/pool': 'train'} fits no pod"),
+        job(f"{INFERENCE}.maxReplicas", 4, "8 x generate: 4 CPU + 1 GPU on {'dpo-ray/pool': 'inference'}"),
         config("workers: 8", "workers: 32", "32 x train: 4 CPU + 1 GPU"),
-        config("actors: [2, 8], cpus: 4", "actors: 1, cpus: 96", "generate: 96 CPU + 1 GPU fits no pod"),
+        config(
+            "actors: [2, 8], cpus: 4",
+            "actors: 1, cpus: 96",
+            "generate: 96 CPU + 1 GPU on {'dpo-ray/pool': 'inference'} fits no pod",
+        ),
         config("[2, 8], cpus: 4", "[2, 32], cpus: 4", "32 x generate", "interactive"),
         job(f"{CPU}.rayStartParams.num-cpus", "0", "fits no pod", "cpu-smoke"),
     ],
@@ -247,7 +254,7 @@ MISTAKES: dict[Callable[[list[Object]], list[str]], list[Mistake]] = {
     ],
     check_gang: [
         job(f"{TRAIN}.minReplicas", 0, "train needs 8 x", "volcano"),
-        config("[2, 8], cpus: 4", "20, cpus: 4", "generate needs 20 x", "volcano"),
+        job(f"{INFERENCE}.minReplicas", 1, "generate needs 2 x", "volcano"),
     ],
     check_schedule: [
         cron("spec.jobTemplate.activeDeadlineSeconds", 72000, "not below a day"),
