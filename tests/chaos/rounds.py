@@ -27,6 +27,7 @@ from ..waiting import wait_until
 PROMPTS, PART, NUM_COMPLETIONS = 64, 8, 2
 BATCH, EPOCHS, CHECKPOINT_STEPS = 8, 40, 20
 STAGES = ("generate", "score", "pair", "reference", "train")
+SCORER = "def score(rows):\n    return [float(sum(map(ord, row['completion']))) for row in rows]\n"
 LIMIT_S = 240.0
 """For any one stage, or for coming back from any one fault."""
 
@@ -34,7 +35,7 @@ LIMIT_S = 240.0
 def config(directory: Path, policy: str, *, workers: int | tuple[int, int] = 2, engines: int = 1) -> dict[str, Any]:
     """The round, with whatever it names in `directory`; half a minute on two cores, a third of it in training."""
     write_jsonl(directory / "prompts.jsonl", [{"prompt": f"w10 w{11 + i % 80} w{12 + i // 2}"} for i in range(PROMPTS + 16)])
-    (directory / "scorers.py").write_text("def score(rows):\n    return [float(sum(map(ord, r['completion']))) for r in rows]\n")
+    (directory / "scorers.py").write_text(SCORER)
     tree = sampled_round(directory, policy)
     tree |= {"name": "run", "prompts_per_round": PROMPTS}
     tree["prompts"]["eval_prompts"] = 8

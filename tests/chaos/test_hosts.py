@@ -37,8 +37,9 @@ def head(machines: list[Host]) -> Iterator[Cluster]:
     yield from start_cluster("--num-cpus=0", *SIZE, added=SOON, on=first.on, address=first.address)
 
 
-def join(stack: ExitStack, cluster: Cluster, host: Host) -> None:
-    stack.enter_context(cluster.join("--num-cpus=2", *SIZE, on=host.on, address=host.address))
+def join(stack: ExitStack, cluster: Cluster, *joining: Host) -> None:
+    for host in joining:
+        stack.enter_context(cluster.join("--num-cpus=2", *SIZE, on=host.on, address=host.address))
 
 
 def spread_out(directory: Path, policy: str, **options: Any) -> dict[str, Any]:
@@ -62,8 +63,7 @@ def test_round_across_three_hosts_ends_in_the_policy_of_one(
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        for host in machines[1:3]:
-            join(stack, head, host)
+        join(stack, head, *machines[1:3])
         tree = spread_out(tmp_path, policy.path)
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on, until="evaluate"))
         run.wait_for(lambda: run.steps() > 0)
@@ -76,8 +76,7 @@ def test_round_that_loses_a_host_in_generate_and_is_cut_off_from_one_in_train_en
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
     with ExitStack() as stack:
-        for host in machines[1:]:
-            join(stack, head, host)
+        join(stack, head, *machines[1:])
         run = stack.enter_context(running(head, tmp_path, spread_out(tmp_path, policy.path), on=machines[0].on))
         run.wait_for(lambda: len(run.parts("generate")) >= 2)
         lost = hosts_of(head, "EngineActor", machines)[0]
@@ -97,8 +96,7 @@ def test_elastic_training_that_is_cut_off_from_a_host_sees_every_pair_once(
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
     with ExitStack() as stack:
-        for host in machines[1:3]:
-            join(stack, head, host)
+        join(stack, head, *machines[1:3])
         tree = spread_out(tmp_path, policy.path, workers=(1, 2))
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
         cut_off_in_training(head, machines, run, record)

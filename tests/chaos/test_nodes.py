@@ -1,4 +1,4 @@
-"""A node is lost in the middle of a stage: the stage goes on elsewhere. The head is lost: another cluster goes on from the root."""
+"""A node is lost in the middle of a stage, which goes on elsewhere; the head is lost, and another cluster goes on."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ import pytest
 from dpo_ray.engines.policies import PolicyRef
 
 from ..runs.conftest import Cluster, start_cluster
-from .faults import SOON, Fault, Moment, actors, alive, kill, kill_below, processes, raylet_below
+from .faults import SOON, Fault, Moment, actors, kill, kill_below, processes, raylet_below
 from .rounds import config, hashes, running
 
 pytestmark = pytest.mark.chaos

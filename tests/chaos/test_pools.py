@@ -1,4 +1,4 @@
-"""Nodes with labels and GPUs, which are fake: a stage that asks for a GPU lands on its pool, and one that has none is refused."""
+"""Nodes with labels and fake GPUs: a stage lands on the pool that it names, and is refused where that has too few GPUs."""
 
 import json
 import subprocess

@@ -18,6 +18,8 @@ import pytest
 
 from dpo_ray.quickstart.policy import build_policy
 
+from ..waiting import wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = "127.0.0.1"
 SECRETS = {
@@ -40,9 +42,13 @@ class Cluster(NamedTuple):
         """One more node, until the block is left; on another host by a command before its own, and the host's address."""
         start = [*on, str(self.bin / "python"), "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"]
         start += [f"--address={self.env['RAY_ADDRESS']}", "--dashboard-agent-listen-port=0", *options]
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(start, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        log = self.temp / f"node-{uuid.uuid4().hex}.log"
+        with log.open("wb") as out:
+            unbuffered = {**self.env, "PYTHONUNBUFFERED": "1"}
+            process = subprocess.Popen(start, env=unbuffered, stdout=out, stderr=out, start_new_session=True)
             try:
+                # One at a time: nodes of one machine share the session's directory, and two that start at once may hang.
+                wait_until(lambda: process.poll() is not None or b"Ray runtime started" in log.read_bytes(), 90)
                 yield process
             finally:
                 with suppress(ProcessLookupError):  # a test that kills the node has ended it
@@ -88,9 +94,10 @@ class Cluster(NamedTuple):
 def start_cluster(
     *options: str, added: Mapping[str, str] | None = None, on: Sequence[str] = (), address: str = LOCAL
 ) -> Iterator[Cluster]:
-    """A head, until the generator goes on; `added` is environment of its nodes and commands, `on` and `address` as in `join`."""
+    """A head, until the generator goes on; `added` is environment of nodes and commands, `on` and `address` as in `join`."""
     port, dashboard = _free_port(), _free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temp:  # its socket paths are short
+    # Ray's socket paths must be short, and a process of a node that was killed may still write its log.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temp:
         environment = Path(temp) / "venv"  # Ray starts its workers through a shell and does not quote a path with a space
         environment.symlink_to(sys.prefix)
         bin_ = environment / "bin"
