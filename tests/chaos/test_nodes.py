@@ -1,7 +1,7 @@
 """A node is lost in the middle of a stage, which goes on elsewhere; the head is lost, and another cluster goes on."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -11,7 +11,7 @@ from dpo_ray.engines.policies import PolicyRef
 
 from ..runs.conftest import Cluster, start_cluster
 from .faults import SOON, Fault, Moment, actors, kill, kill_below, processes, raylet_below
-from .rounds import config, hashes, running
+from .rounds import assert_every_pair_was_seen_once_an_epoch, config, hashes, running
 
 pytestmark = pytest.mark.chaos
 SIZE = ("--num-cpus=2", "--memory=2000000000", "--object-store-memory=100000000")
@@ -30,6 +30,13 @@ def new_cluster() -> Iterator[Cluster]:
     yield from start_cluster("--num-cpus=0", "--memory=2000000000", "--object-store-memory=100000000", added=SOON)
 
 
+def each(these: list[psutil.Process], act: str) -> None:
+    """Call the method on every process that is still there."""
+    for process in these:
+        with suppress(psutil.NoSuchProcess):
+            getattr(process, act)()
+
+
 @pytest.fixture
 def head() -> Iterator[Cluster]:
     yield from new_cluster()
@@ -38,6 +45,12 @@ def head() -> Iterator[Cluster]:
 @pytest.fixture
 def other_head() -> Iterator[Cluster]:
     yield from new_cluster()
+
+
+@pytest.fixture
+def impatient() -> Iterator[Cluster]:
+    """Its commands wait for a head that is gone for 20 s, and not for the minute that is Ray's default."""
+    yield from start_cluster("--num-cpus=4", added={"RAY_gcs_rpc_server_reconnect_timeout_s": "20"})
 
 
 def node_of(cluster: Cluster, pid: int, nodes: list[psutil.Popen]) -> psutil.Popen:
@@ -76,20 +89,29 @@ def test_round_that_loses_a_node_in_generate_and_a_raylet_in_train_ends_in_the_s
 def test_round_whose_head_is_killed_goes_on_from_its_root_on_another_cluster(
     head: Cluster, other_head: Cluster, undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
-    """The nodes of the first cluster live on for a while, with workers that train."""
+    """The nodes of the first cluster outlive it, as machines that stand still, and go on when those of the second train."""
     tree = spread_out(tmp_path, policy.path)
     with ExitStack() as stack:
-        for cluster in (head, other_head):
-            for _ in range(2):
-                stack.enter_context(cluster.join(*SIZE))
+        old, _ = ([stack.enter_context(cluster.join(*SIZE)) for _ in range(2)] for cluster in (head, other_head))
         run = stack.enter_context(running(head, tmp_path, tree))
         run.trains()
-        workers = [psutil.Process(pid) for pid in actors(head, "RayTrainWorker")]
-        assert len(workers) == 2
-        moment = Moment(run, "train", "kill -9 of the head, driver outside of it")
+        assert len(actors(head, "RayTrainWorker")) == 2
+        moment = Moment(run, "train", "kill -9 of head and driver, new cluster")
+        still = [process for node in old for process in processes(node.pid)]
+        each(still, "suspend")
+        run.kill()
         kill_below(head.pid)
-        assert run.ends() != 0
         again = stack.enter_context(running(other_head, tmp_path, tree))
         record(moment.recovered(again))
+        each(still, "resume")
         again.completes()
         assert hashes(again.directory) == hashes(undisturbed)
+        assert_every_pair_was_seen_once_an_epoch(again.directory, undisturbed)
+
+
+def test_command_whose_head_is_gone_says_so_and_ends(impatient: Cluster, policy: PolicyRef, tmp_path: Path) -> None:
+    with running(impatient, tmp_path, config(tmp_path, policy.path), until="generate") as run:
+        run.wait_for(lambda: len(run.parts("generate")) >= 1)
+        kill_below(impatient.pid)
+        assert run.ends(90) != 0
+        assert f"the head of the cluster ({impatient.env['RAY_ADDRESS']}) has not answered" in run.tail()
