@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        seeds = metafunc.config.getoption("--chaos-seeds", SEEDS)
+        seeds = str(metafunc.config.getoption("--chaos-seeds", SEEDS))
         metafunc.parametrize("seed", [int(seed) for seed in seeds.split(",")])
 
 

@@ -94,7 +94,9 @@ def title(process: psutil.Process) -> str:
 
 
 def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    """SIGKILL, to a process that may have ended meanwhile."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def kill_below(pid: int) -> None:

@@ -1,5 +1,6 @@
 """A node is lost in the middle of a stage, which goes on elsewhere; the head is lost, and another cluster goes on."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -53,7 +54,7 @@ def impatient() -> Iterator[Cluster]:
     yield from start_cluster("--num-cpus=4", added={"RAY_gcs_rpc_server_reconnect_timeout_s": "20"})
 
 
-def node_of(cluster: Cluster, pid: int, nodes: list[psutil.Popen]) -> psutil.Popen:
+def node_of(pid: int, nodes: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
     """The node, of these that the test started, that has this process."""
     (found,) = [node for node in nodes if pid in [p.pid for p in processes(node.pid)]]
     return found
@@ -68,7 +69,7 @@ def test_round_that_loses_a_node_in_generate_and_a_raylet_in_train_ends_in_the_s
         run.wait_for(lambda: len(run.parts("generate")) >= 2)
         engines = actors(head, "EngineActor")
         assert len(set(engines.values())) == 2
-        lost = node_of(head, min(engines), nodes)
+        lost = node_of(min(engines), nodes)
         moment = Moment(run, "generate", "kill -9 of a node")
         kill_below(lost.pid)
         record(moment.recovered(run, in_flight=2))
@@ -78,7 +79,7 @@ def test_round_that_loses_a_node_in_generate_and_a_raylet_in_train_ends_in_the_s
         run.trains()
         workers = actors(head, "RayTrainWorker")
         assert len(set(workers.values())) == 2
-        raylet = raylet_below(node_of(head, min(workers), nodes).pid)
+        raylet = raylet_below(node_of(min(workers), nodes).pid)
         moment = Moment(run, "train", "kill -9 of a raylet")
         kill(raylet)
         record(moment.recovered(run))

@@ -29,6 +29,11 @@ def test_round_that_loses_its_engine_and_a_train_worker_ends_in_the_same_policy(
         moment = Moment(run, "train", "kill -9 of a train worker")
         kill(worker)
         record(moment.recovered(run))
+
+        (board,) = pids(one_node, "_Board")
+        moment = Moment(run, "train", "kill -9 of the actor that shows progress")
+        kill(board)
+        record(moment.recovered(run))
         run.completes()
         assert hashes(run.directory) == hashes(undisturbed)
 

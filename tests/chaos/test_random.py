@@ -1,4 +1,4 @@
-"""Faults at random moments against random processes of a run; the seed is in the test's name and in its table rows."""
+"""Faults at random moments, on random processes of a round; the table and the test's name have the seed."""
 
 import random
 import subprocess
@@ -6,39 +6,33 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dpo_ray.engines.policies import PolicyRef
 
 from ..runs.conftest import Cluster, start_cluster
 from .faults import SOON, Fault, Moment, kill, processes, raylet_below, title
-from .rounds import Running, config, hashes, running
+from .rounds import config, hashes, running
 
 pytestmark = pytest.mark.chaos
 FAULTS, PAUSE_S = 3, (2.0, 14.0)
-"""How many a run, and from how long to how long after the last one was overcome."""
-SIZE = ("--num-cpus=2", "--memory=2000000000", "--object-store-memory=100000000")
+"""How many faults a run has, and how long after the last one was overcome the next one comes."""
+VICTIMS = ("a worker process", "a worker process", "a raylet", "the driver")
+MEMORY = ("--memory=2000000000", "--object-store-memory=100000000")
+RAYS_OWN = {"ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+"""Not of the round; a raylet ends with its agents, and is a victim itself."""
 
 
 @pytest.fixture
 def head() -> Iterator[Cluster]:
-    yield from start_cluster("--num-cpus=0", "--memory=2000000000", "--object-store-memory=100000000", added=SOON)
+    yield from start_cluster("--num-cpus=0", *MEMORY, added=SOON)
 
 
-def working(cluster: Cluster, nodes: list[psutil.Popen]) -> dict[int, str]:
-    """Pid and what it is of every process that runs a task or actor: on the nodes, and beside the driver."""
-    found = {}
-    for node in (cluster.pid, *(n.pid for n in nodes)):
-        for process in processes(node):
-            what = title(process).removeprefix("ray::")
-            if title(process).startswith("ray::") and what.split(":")[0] not in IDLE:
-                found[process.pid] = what.split(" ")[0]
-    return found
-
-
-IDLE = {"IDLE", "DashboardAgent", "RuntimeEnvAgent"}
-"""Ray's own: a raylet dies with its agents, which is a victim of its own."""
+def at_work(cluster: Cluster, nodes: list[subprocess.Popen[bytes]]) -> list[tuple[str, int]]:
+    """Name and pid of every process that has a task or an actor: on the nodes, and on the head, where the driver is."""
+    every = [process for pid in (cluster.pid, *(node.pid for node in nodes)) for process in processes(pid)]
+    named = [(title(process).split(" ")[0], process.pid) for process in every]
+    return sorted((name, pid) for name, pid in named if name.startswith("ray::") and name not in RAYS_OWN)
 
 
 def test_round_under_random_faults_ends_in_the_same_policy(
@@ -46,47 +40,30 @@ def test_round_under_random_faults_ends_in_the_same_policy(
 ) -> None:
     chance = random.Random(seed)
     tree = config(tmp_path, policy.path, engines=2)
-    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = 1.5
+    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = 1.5  # one a node
     with ExitStack() as stack:
-        nodes = [stack.enter_context(head.join(*SIZE)) for _ in range(3)]
+        nodes = [stack.enter_context(head.join("--num-cpus=2", *MEMORY)) for _ in range(3)]
         run = stack.enter_context(running(head, tmp_path, tree))
         for _ in range(FAULTS):
             with suppress(subprocess.TimeoutExpired):
                 run.process.wait(chance.uniform(*PAUSE_S))
             if run.process.poll() == 0:
                 break
-            victim = chance.choice(["a worker", "a worker", "a raylet", "the driver"])
-            moment, run = strike(victim, chance, stack, head, nodes, run, tmp_path, tree, seed)
+            what, there = chance.choice(VICTIMS), at_work(head, nodes)
+            name, pid = chance.choice(there) if there else ("the driver", run.process.pid)
+            lost = chance.choice(nodes)
+            if what == "a raylet":
+                name, pid = what, raylet_below(lost.pid)
+            elif what == "the driver":
+                name, pid = what, run.process.pid
+            moment = Moment(run, run.stage(), f"kill -9 of {name} (seed {seed})")
+            kill(pid)
+            if name == "a raylet":
+                nodes.remove(lost)
+                nodes.append(stack.enter_context(head.join("--num-cpus=2", *MEMORY)))
+            elif name == "the driver":
+                run.process.wait(30)
+                run = stack.enter_context(running(head, tmp_path, tree))
             record(moment.recovered(run))
         run.completes()
         assert hashes(run.directory) == hashes(undisturbed)
-
-
-def strike(
-    victim: str,
-    chance: random.Random,
-    stack: ExitStack,
-    head: Cluster,
-    nodes: list[psutil.Popen],
-    run: Running,
-    directory: Path,
-    tree: dict,
-    seed: int,
-) -> tuple[Moment, Running]:
-    """Carry it out; the command that goes on."""
-    if victim == "a worker" and (there := working(head, nodes)):
-        pid = chance.choice(sorted(there))
-        moment = Moment(run, run.stage(), f"seed {seed}: kill -9 of {there[pid]}")
-        with suppress(ProcessLookupError):
-            kill(pid)
-    elif victim == "a raylet":
-        lost = chance.choice(nodes)
-        moment = Moment(run, run.stage(), f"seed {seed}: kill -9 of a raylet")
-        kill(raylet_below(lost.pid))
-        nodes.remove(lost)
-        nodes.append(stack.enter_context(head.join(*SIZE)))
-    else:
-        moment = Moment(run, run.stage(), f"seed {seed}: kill -9 of the driver")
-        run.kill()
-        run = stack.enter_context(running(head, directory, tree))
-    return moment, run

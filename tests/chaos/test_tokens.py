@@ -59,8 +59,8 @@ def test_job_without_the_token_of_its_cluster_is_refused(
 def test_round_submitted_with_the_token_trains_on_two_nodes(
     guarded: Cluster, undisturbed: Path, policy: PolicyRef, tmp_path: Path
 ) -> None:
-    tree = config(tmp_path, policy.path) | {"root": str(tmp_path / "root")}
-    tree["train"]["resources"]["cpus"] = 1.5
+    tree = config(tmp_path, policy.path)
+    tree["root"], tree["train"]["resources"]["cpus"] = str(tmp_path / "root"), 1.5
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     done = guarded.submit(str(tmp_path / "run.yaml"), "--until", "train", timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
