@@ -60,10 +60,10 @@ def needs(block: TrainBlock) -> Needs:
 def _train(config: Run, round_: int | None, context: StageContext) -> StageOutput:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dpo_ray.train_failures import StopAtOurErrors, fit, run_until_started
+    from dpo_ray.train_network import OnRaysNetwork
     from dpo_ray.train_scaling import Trainer
 
     pairs, block, resources = context.inputs["pairs"], config.train, config.train.resources
@@ -110,7 +110,7 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
             ),
             callbacks=[StopAtOurErrors()],
         ),
-        torch_config=TorchConfig(backend=on_gpu if resources.gpus else "gloo", timeout_s=block.collective_timeout_s),
+        torch_config=OnRaysNetwork(backend=on_gpu if resources.gpus else "gloo", timeout_s=block.collective_timeout_s),
     )
 
     def attempt() -> None:

@@ -1,7 +1,7 @@
 """Rounds across hosts with addresses of their own: undisturbed, with a host that loses power, and with one that is cut off."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 from dpo_ray.engines.policies import PolicyRef
 
+from ..runs.command import preference_round, write_jsonl
 from ..runs.conftest import Cluster, start_cluster
 from .faults import SOON, Fault, Moment, actors
 from .hosts import Host, hosts, missing
@@ -103,6 +104,23 @@ def test_elastic_training_that_is_cut_off_from_a_host_sees_every_pair_once(
         run.completes()
         assert_every_pair_was_seen_once_an_epoch(run.directory, undisturbed)
         assert {record.world_size for record in run.saved()} == {1}
+
+
+def test_training_across_hosts_whose_own_names_are_loopback_addresses(policy: PolicyRef, tmp_path: Path) -> None:
+    """As Debian and Ubuntu have it: gloo takes the address of its host's name, at which no other host finds it."""
+    rows = [{"prompt": f"w10 w{11 + i}", "chosen": f"w50 w{20 + i}", "rejected": f"w60 w{30 + i}"} for i in range(24)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    tree: dict[str, Any] = preference_round(tmp_path, policy.path) | {"name": "run"}
+    tree["train"] |= {"resources": {"workers": 2, "cpus": 1.5}, "max_setup_failures": 0}
+    with hosts(3, own_name="127.0.1.1") as machines, ExitStack() as stack:
+        first = machines[0]
+        head = contextmanager(start_cluster)("--num-cpus=0", *SIZE, on=first.on, address=first.address)
+        cluster = stack.enter_context(head)
+        join(stack, cluster, *machines[1:])
+        run = stack.enter_context(running(cluster, tmp_path, tree, on=first.on))
+        run.completes()
+        workers = {a.node_id for a in cluster.state("actors") if a.class_name == "RayTrainWorker"}
+        assert len(workers) == 2
 
 
 def cut_off_in_training(head: Cluster, machines: list[Host], run: Running, record: Callable[[Fault], None]) -> None:
