@@ -16,8 +16,11 @@ SOON = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
-"""Environment of a head that misses a node in a quarter of a minute, not in one."""
+"""Environment of nodes and commands, in which a host that is silent counts as gone within a quarter of a minute. By Ray's
+own the head takes one minute, and who waits for an answer from there up to seven."""
 
 
 FEW_STEPS = 10
