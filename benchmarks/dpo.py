@@ -41,7 +41,7 @@ ARMS = {
     "memory": ["ours", "trl", "naive"],
 }
 GPU_ARMS = {
-    "step": ["shared", "packed", "padded", "trl-bf16"],
+    "step": ["shared", "padded", "hand", "trl-bf16", "packed"],
     "reference": ["ours-bf16", "hand", "trl-bf16"],
     "memory": ["shared", "padded", "trl-bf16", "naive"],
 }

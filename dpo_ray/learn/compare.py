@@ -49,7 +49,7 @@ def compare_completions(
     for rows in batches(groups, paths[0], max_batch_tokens):
         taken = [groups[i] for i in rows]
         batch, ref_batch = (lay_out(taken, path, pad_token_id).to(device) for path in paths)
-        tile = tile_rows(policy.config.get_text_config().vocab_size)
+        tile = tile_rows(policy.config.get_text_config().vocab_size, device)
         tiles = zip(
             logits_in_tiles(policy, batch, paths[0], tile),
             logits_in_tiles(reference, ref_batch, paths[1], tile),

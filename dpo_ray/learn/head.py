@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-TILE_BYTES = 32 * 2**20
-"""Float32 logits of one tile at most."""
-TILE_ROWS = 256
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""Float32 logits of one tile at most. A tile reads the head's weights four times, and adds to their gradient in float32: with
+55 positions of a vocabulary of 152k a tile, that was half of a 1B policy's step on an H100."""
+TILE_ROWS = {"cpu": 256, "cuda": 1024}
 """Positions of one tile at most: enough for matrix products, and small vocabularies stay in a CPU's cache."""
 KEEP_BYTES = 128 * 2**20
 """Float32 logits of a batch up to which they are kept for the backward instead of being computed again."""
@@ -56,7 +57,9 @@ def token_logps(hidden_KH: torch.Tensor, targets: torch.Tensor, head: Head) -> t
 @torch.no_grad()
 def token_overlaps(hidden_KH: torch.Tensor, head: Head) -> torch.Tensor:
     """Return log sum_v p(v)^2 (K,) of the next-token distribution at each position, which WPO compares tokens with."""
-    tiles = [tile_overlaps(tile_logits(hidden, head)) for hidden in hidden_KH.split(tile_rows(len(head.weight)))]
+    tiles = [
+        tile_overlaps(tile_logits(hidden, head)) for hidden in hidden_KH.split(tile_rows(len(head.weight), hidden_KH.device))
+    ]
     return torch.cat(tiles) if tiles else hidden_KH.new_zeros(0, dtype=_precision(hidden_KH))
 
 
@@ -65,9 +68,10 @@ def tile_overlaps(logits_KV: torch.Tensor) -> torch.Tensor:
     return logits_KV.softmax(-1).square().sum(-1).log()
 
 
-def tile_rows(num_tokens: int) -> int:
+def tile_rows(num_tokens: int, device: torch.device) -> int:
     """Positions of one tile for a vocabulary of `num_tokens`."""
-    return min(TILE_ROWS, max(16, TILE_BYTES // (4 * num_tokens)))
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    return min(TILE_ROWS[kind], max(16, TILE_BYTES[kind] // (4 * num_tokens)))
 
 
 def tile_logits(hidden_KH: torch.Tensor, head: Head) -> torch.Tensor:
@@ -115,7 +119,7 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
     ) -> torch.Tensor:
         head = Head(weight_VH, bias_V, scale, softcap)
-        rows = tile_rows(len(weight_VH))
+        rows = tile_rows(len(weight_VH), hidden_KH.device)
         needs_grad = any(ctx.needs_input_grad[:3])
         keep = needs_grad and hidden_KH.shape[0] * weight_VH.shape[0] * 4 <= KEEP_BYTES
         buffer = _Buffer(hidden_KH, head, rows)

@@ -45,6 +45,7 @@ def load_sharded_policy(
     The files must lie where each rank can read them.
 
     Args:
+        cpu_offload: as in `policy.shard`; while it loads, a rank's part is on its device.
         lora: train adapters instead; the policy's frozen weights are then held in `compute_dtype` if they are stored so.
         seed: of the adapters.
 
@@ -73,14 +74,15 @@ def load_sharded_policy(
         cpu_offload=cpu_offload,
     )
     device = device_of(mesh)
-    weights_device = torch.device("cpu") if cpu_offload else device
     with plain_modules(model):
         if whole_reason:
-            _hand_out(model, whole, device, weights_device)
+            _hand_out(model, whole, device)
         else:
-            _read_slices(model, path, files, conversions, weights_device)
+            _read_slices(model, path, files, conversions, device)
         _initialize_buffers(model, device)
     start_adapters(model, seed=seed)
+    if cpu_offload:
+        _move_to_node_memory(model)
     return model
 
 
@@ -200,20 +202,15 @@ def _untie(model: PreTrainedModel, names: list[str]) -> None:
         model.all_tied_weights_keys.pop(name, None)
 
 
-def _hand_out(
-    model: PreTrainedModel, whole: PreTrainedModel | None, device: torch.device, weights_device: torch.device
-) -> None:
+def _hand_out(model: PreTrainedModel, whole: PreTrainedModel | None, device: torch.device) -> None:
     """Set every weight and stored buffer to rank 0's, one at a time."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for parameter, own in names.items():
+    for parameter, own in _names(model).items():
         assert isinstance(parameter, DTensor)
         full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         if whole is not None:
             full.copy_(whole.get_parameter(_plain(own[0])).detach())
         mesh, placements = parameter.device_mesh, parameter.placements
-        local = distribute_tensor(full, mesh, placements).to_local().clone().to(weights_device)
+        local = distribute_tensor(full, mesh, placements).to_local().clone()
         sharded = DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
         value = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
         for name in own:
@@ -226,6 +223,22 @@ def _hand_out(
                 value.copy_(whole.get_buffer(_plain(name)))
             dist.broadcast(value, src=0)
             _set(model, name, value)
+
+
+def _move_to_node_memory(model: PreTrainedModel) -> None:
+    """Move the weights, not the buffers: to shards that are made there, `DTensor.from_local` gives the mesh's device."""
+    for parameter, own in _names(model).items():
+        value = nn.Parameter(parameter.detach().cpu(), requires_grad=parameter.requires_grad)
+        for name in own:
+            _set(model, name, value)
+
+
+def _names(model: PreTrainedModel) -> dict[nn.Parameter, list[str]]:
+    """Every weight with its names: a tied one has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
 
 
 def _plain(name: str) -> str:

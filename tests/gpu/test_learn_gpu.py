@@ -32,6 +32,8 @@ from dpo_ray.learn.policy import export_policy, load_policy, policy_identity, sh
 from dpo_ray.learn.probe import choose_path, sequence_tokens
 from dpo_ray.quickstart.policy import build_policy
 
+from ..waiting import wait_until
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 VOCABULARY, PAIRS = 151_936, 256
 
@@ -176,12 +178,14 @@ def test_dpo_step_on_gpu_starts_at_ln_2_learns_and_exports(policy: Path, rows: P
     print(
         f"train: {warm:,.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, loss {history[0]['loss']:.6f}"
     )
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    # 1.2e-3 on an H100: the two computations of each log-probability pack other rows beside it, and round in bfloat16.
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=5e-3)
     assert history[-1]["loss"] < history[0]["loss"]
 
     target = tmp_path / "trained"
     export_policy(model, target, source=str(policy))
     reloaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).to("cuda")
+    reloaded.set_attn_implementation(model.config._attn_implementation)  # two implementations differ by rounding
     ids = torch.tensor([rows.prompt_token_ids[0]], device="cuda")
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
@@ -215,6 +219,8 @@ def test_resume_on_gpu_has_the_weights_of_the_checkpoint(policy: Path, rows: Pai
             save(len(log), log)
             held.append(time.perf_counter() - started)
             after[len(log)] = weights(model)
+            if len(log) == 3:  # else the next one waits for the files of the one before
+                wait_until(lambda: any(record for _, record in train_state.committed(where.directory)), timeout_s=120)
     print(f"\nsave holds a step for {held[1]:.2f} s at first, then {held[3]:.2f} s")
     for step in (4, 2):
         resumed, its_optimizer = fresh()

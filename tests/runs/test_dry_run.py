@@ -27,7 +27,8 @@ def dry_run(local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     """Takes what a node has and the arguments; gives the exit status, and what stands on stdout and stderr."""
 
     def run(cpus: int, gpus: int, config: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}])
+        node = {"NodeID": "n", "NodeManagerAddress": "a", "Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}, "Labels": {}}
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
         monkeypatch.setattr(sys, "argv", ["full_round.py", str(ROOT / config), *arguments, "--dry-run"])
         capsys.readouterr()
         status, printed = full_round.main(), capsys.readouterr()
@@ -47,7 +48,8 @@ def test_dry_run_one_gpu_case_fits_one_gpu(one_gpu: Cluster) -> None:
 def test_dry_run_eight_gpu_case_on_one_gpu_says_what_is_missing(dry_run: DryRun) -> None:
     status, _, err = dry_run(16, 1, EIGHT_GPUS)
     assert status == 1
-    assert "needs 4 engine x 4 CPU + 1 GPU, but only 1 fit" in err
+    assert "needs 4 engine x 4 CPU + 1 GPU and 0.25 CPU for the tasks that feed it, but only 1 fit" in err
+    assert "12 CPU + 3 GPU are missing" in err
     assert "Traceback" not in err
 
 
@@ -75,4 +77,4 @@ def test_dry_run_engine_wider_than_a_node_is_refused(dry_run: DryRun) -> None:
     wide = ("--generate.resources.tensor_parallel", "16", "--generate.resources.gpus", "16")
     status, _, err = dry_run(96, 8, EIGHT_GPUS, *wide)
     assert status == 1
-    assert "16 GPU, but only 0 fit" in err
+    assert "needs 4 engine x 4 CPU + 16 GPU and 0.25 CPU for the tasks that feed it, but only 0 fit" in err
