@@ -81,25 +81,25 @@ def test_round_that_loses_a_host_in_generate_and_is_cut_off_from_one_in_train_en
         run = stack.enter_context(running(head, tmp_path, spread_out(tmp_path, policy.path), on=machines[0].on))
         run.wait_for(lambda: len(run.parts("generate")) >= 2)
         lost = hosts_of(head, "EngineActor", machines)[0]
-        moment = Moment(run, "generate", "a host loses power")
-        lost.unplug()
-        lost.kill()
-        record(moment.recovered(run, in_flight=2))
-
-        lost.plug()
-        join(stack, head, lost)  # it starts again
+        record(lose_power(lost, run, "generate"))
+        join(stack, head, lost)
         cut_off_in_training(head, machines, run, record)
         run.completes()
         assert hashes(run.directory) == hashes(undisturbed)
 
 
-def test_elastic_training_that_is_cut_off_from_a_host_sees_every_pair_once(
+def test_round_that_loses_a_host_in_reference_and_elastic_training_cut_off_from_one_see_every_pair_once(
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
     with ExitStack() as stack:
         join(stack, head, *machines[1:3])
         tree = spread_out(tmp_path, policy.path, workers=(1, 2))
+        tree["reference"]["resources"] |= {"actors": 2, "cpus": 1.5}
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
+        run.wait_for(lambda: len(run.parts("reference")) >= 1)
+        lost = hosts_of(head, "LogpsActor", machines)[0]
+        record(lose_power(lost, run, "reference"))
+        join(stack, head, lost)
         cut_off_in_training(head, machines, run, record)
         run.completes()
         assert_every_pair_was_seen_once_an_epoch(run.directory, undisturbed)
@@ -121,6 +121,16 @@ def test_training_across_hosts_whose_own_names_are_loopback_addresses(policy: Po
         run.completes()
         workers = {a.node_id for a in cluster.state("actors") if a.class_name == "RayTrainWorker"}
         assert len(workers) == 2
+
+
+def lose_power(host: Host, run: Running, stage: str) -> Fault:
+    """No connection to it sees an end. It can start again when the stage has gone on without it."""
+    moment = Moment(run, stage, "a host loses power")
+    host.unplug()
+    host.kill()
+    fault = moment.recovered(run, in_flight=2)
+    host.plug()
+    return fault
 
 
 def cut_off_in_training(head: Cluster, machines: list[Host], run: Running, record: Callable[[Fault], None]) -> None:
