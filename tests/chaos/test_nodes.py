@@ -1,5 +1,6 @@
 """A node is lost in the middle of a stage, which goes on elsewhere; the head is lost, and another cluster goes on."""
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -115,4 +116,4 @@ def test_command_whose_head_is_gone_says_so_and_ends(impatient: Cluster, policy:
         run.wait_for(lambda: len(run.parts("generate")) >= 1)
         kill_below(impatient.pid)
         assert run.ends(90) != 0
-        assert f"the head of the cluster ({impatient.env['RAY_ADDRESS']}) has not answered" in run.tail()
+        assert re.search(r"the head of the cluster \(\S+\) has not answered for", run.tail())
