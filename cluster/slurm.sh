@@ -21,6 +21,8 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID"
 trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH")
 export RAY_USAGE_STATS_ENABLED=0 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
+# A node that loses power is missed by the head after a minute; who waits for its answer would wait seven.
+export RAY_grpc_client_keepalive_time_ms=30000 RAY_grpc_client_keepalive_timeout_ms=30000
 
 # On the first node this starts Ray's head and then the command, on the others workers; when the command ends, Ray does.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

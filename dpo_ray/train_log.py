@@ -67,12 +67,15 @@ def check_reports(report_to: Sequence[str]) -> None:
         )
 
 
-def open_log(directory: str, config: Run, round_: int | None, kept: Sequence[Line]) -> Log:
+def open_log(
+    directory: str, config: Run, round_: int | None, kept: Sequence[Line], ours: Callable[[], bool] = lambda: True
+) -> Log:
     """Open the log of a round's training.
 
     Args:
         directory: of the stage; a path, or a URI, for which files are written locally until `publish`.
         kept: lines of the steps that a checkpoint has; metrics.jsonl starts with these, whatever it held.
+        ours: whether these workers may still write to where the run lies (see train_owner).
     """
     local, done = storage.is_local(directory), len(kept)
     target = Path(storage.filesystem(directory)[1] if local else tempfile.mkdtemp())
@@ -93,7 +96,7 @@ def open_log(directory: str, config: Run, round_: int | None, kept: Sequence[Lin
                 sink.write(line)
 
     def publish() -> None:
-        if not local:
+        if not local and ours():
             storage.copy_directory(str(target), directory)
 
     def close() -> None:
@@ -108,13 +111,15 @@ def open_log(directory: str, config: Run, round_: int | None, kept: Sequence[Lin
 
 def _jsonl(path: Path, kept: Sequence[Line]) -> _Sink:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w", buffering=1)  # by line: a kill leaves whole lines, and the last ones are seen at once
+    made = path.with_suffix(".begun")
+    file = made.open("w", buffering=1)  # by line: a kill leaves whole lines, and the last ones are seen at once
 
     def write(line: Line) -> None:
         file.write(json.dumps(line) + "\n")
 
     for line in kept:
         write(line)
+    made.replace(path)  # another file, not the same one cut short: workers that were given up and live on write to the old
     return _Sink(write, file.close)
 
 

@@ -35,6 +35,7 @@ from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import FileRecord
 from dpo_ray.learn import checkpoint
+from dpo_ray.train_owner import taken_over
 
 RECORD, LOG = "_checkpoint.json", "metrics.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +59,8 @@ class Where(NamedTuple):
     """All ranks, over gloo: also beside nccl, and used by no step."""
     local_rank: int = 0
     """Of this rank on its node: rank 0 there fetches what lies under a URI."""
+    ours: Callable[[], bool] = lambda: True
+    """Whether these workers may still write there; asked on rank 0 (see train_owner)."""
 
 
 class Record(BaseModel):
@@ -124,6 +127,7 @@ def saving(
 
 def write(where: Where, state: dict[str, Any], log: Log, kept: int, publish: Callable[[Log], object] = id) -> None:
     """Write one checkpoint, commit it and delete older ones; every rank calls it with its copy of the state."""
+    check_ours(where)
     rank, step = dist.get_rank(where.group), state["step"]
     name, last = _agreed(where, lambda: (f"step_{step:08d}-{uuid.uuid4().hex[:8]}", _newest(where.directory)))
     uri = f"{where.directory}/{name}"
@@ -149,8 +153,18 @@ def write(where: Where, state: dict[str, Any], log: Log, kept: int, publish: Cal
         if isinstance(error, OSError) and error.errno in FULL:
             raise _failure(where, step, last, kept, {rank: _described(error)}) from error
         raise
-    if rank == 0:
+    if rank == 0 and where.ours():
         _delete_others(where.directory, kept)
+
+
+def check_ours(where: Where) -> None:
+    """Every rank calls it before the run is written to.
+
+    Raises:
+        StageError: on every rank: other workers have taken the run over.
+    """
+    if not _agreed(where, where.ours):
+        raise taken_over(where.directory)
 
 
 def _written(where: Where, uri: str, state: dict[str, Any], log: Log) -> tuple[list[FileRecord], tuple[bool, str] | None]:

@@ -42,7 +42,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     where, noticed = _checkpoints(arguments), _notices(block)
     urgent: set[int] = set()
     done, lines = train_state.resume(where, model, optimizer)
-    log = train_log.open_log(directory, config, arguments["round"], lines) if rank == 0 else train_log.SILENT
+    log = train_log.open_log(directory, config, arguments["round"], lines, where.ours) if rank == 0 else train_log.SILENT
     saving: Any = {"every": block.checkpoint_steps, "num_steps": len(plan), "kept": block.checkpoints_kept}
     saving["publish"] = lambda _: log.publish()
     measured, num_rows = _measured(model, block, device, world_size), len(table) * block.epochs
@@ -85,6 +85,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
                 board.put.remote(plan.rows_before(done), num_rows, {**seen, "tokens": tokens})
             save(done, lines, done in urgent)
             started = time.perf_counter()
+    train_state.check_ours(where)
     _export(model, start, directory, rank)
     dist.barrier()
 
@@ -111,12 +112,15 @@ def _checkpoints(arguments: dict[str, Any]) -> Any:
     import ray.train
     import torch.distributed as dist
 
+    from dpo_ray.train_owner import take_over
     from dpo_ray.train_state import Where
 
     timeout = timedelta(seconds=arguments["config"].train.collective_timeout_s)
     group: Any = dist.new_group(backend="gloo", timeout=timeout)
     owner = (arguments["state"], arguments["fingerprint"], arguments["policy"].identity)
-    return Where(*owner, group, ray.train.get_context().get_local_rank())
+    first = ray.train.get_context().get_world_rank() == 0
+    ours = {"ours": take_over(arguments["state"])} if first else {}
+    return Where(*owner, group, ray.train.get_context().get_local_rank(), **ours)
 
 
 def _notices(block: TrainBlock) -> Callable[[], bool]:

@@ -99,6 +99,28 @@ def test_log_started_again_from_the_first_step_keeps_nothing(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+def test_log_of_workers_that_live_on_beside_those_that_took_their_place_is_another_file(tmp_path):
+    given_up = train_log.open_log(str(tmp_path), config(), 0, [])
+    given_up.write([line(1), line(2)])
+    log = train_log.open_log(str(tmp_path), config(), 0, [line(1)])
+    given_up.write([line(3), line(4)])
+    log.write([line(2)])
+    given_up.close()
+    log.close()
+    assert lines(tmp_path) == [line(1), line(2)]
+
+
+def test_log_behind_a_uri_is_not_published_by_workers_that_others_have_replaced():
+    directory = "memory://replaced"
+    given_up = train_log.open_log(directory, config(), 0, [], lambda: False)
+    given_up.write([line(1), line(2)])
+    log = train_log.open_log(directory, config(), 0, [])
+    log.write([line(1)])
+    log.close()
+    given_up.close()
+    assert lines(directory) == [line(1)]
+
+
 def test_log_resumed_without_its_file_has_the_lines_of_the_checkpoint(tmp_path):
     train_log.open_log(str(tmp_path), config(), 0, [line(1), line(2)]).close()
     assert lines(tmp_path) == [line(1), line(2)]

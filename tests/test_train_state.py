@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_ray import train_state
+from dpo_ray import train_owner, train_state
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
 from dpo_ray.learn import checkpoint
@@ -245,3 +245,25 @@ def test_checkpoints_of_one_step_are_ordered_by_when_they_were_written(where, pa
         names.append({name for name, _ in train_state.committed(where.directory)})
     added = [after - before for before, after in itertools.pairwise([set(), *names])]
     assert [name for name, _ in train_state.committed(where.directory)] == [name for (name,) in reversed(added)]
+
+
+def test_workers_that_others_have_replaced_write_nothing_more(where, path, uninterrupted):
+    directory = where.directory
+    first = where._replace(ours=train_owner.take_over(directory))
+    assert run(first, path, until=3) == (0, uninterrupted[:3])
+    second = where._replace(ours=train_owner.take_over(directory))
+    assert run(second, path, until=5, kept=1) == (2, uninterrupted[:5])
+    before = {p: p.stat().st_mtime_ns for p in Path(directory).rglob("*")}
+    with pytest.raises(StageError, match="other workers have taken"):
+        run(first, path, kept=1)
+    assert {p: p.stat().st_mtime_ns for p in Path(directory).rglob("*")} == before
+    assert run(second, path) == (4, uninterrupted)
+
+
+def test_workers_that_are_replaced_while_they_write_delete_no_other_checkpoint(where, path):
+    """The others' is half written at that moment."""
+    half = Path(where.directory) / "step_00000004-half"
+    half.mkdir(parents=True)
+    answers = iter([True, False])  # before the one write, and at its end
+    run(where._replace(ours=lambda: next(answers)), path, until=3)
+    assert half.exists()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered, render
@@ -20,8 +21,32 @@ from dpo_ray.errors import StageError
 
 START_RETRIES = 2
 MAX_CAUSE_CHARS = 600
+UNREACHABLE_S, PAUSE_S = 180.0, 1.0
+"""How long a call of an actor is tried again while nothing reaches its host, which counts as dead after a minute."""
 Family = tuple[str, list[tuple[int, float]]]
 """A node's id, and pid and start time of each process of an actor there."""
+
+
+def outlast(call: Callable[[], Any], *, limit_s: float = UNREACHABLE_S, pause_s: float = PAUSE_S) -> Any:
+    """The answer of an actor, asked again while Ray cannot reach it: its host comes back, or Ray starts the actor elsewhere.
+
+    Ray's own retries of a call are over within seconds.
+
+    Args:
+        call: asks and waits for the answer.
+
+    Raises:
+        ActorUnavailableError: still, after `limit_s`.
+        RayActorError: the actor is dead for good.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            return call()
+        except ActorUnavailableError:
+            if time.monotonic() + pause_s > deadline:
+                raise
+            time.sleep(pause_s)
 
 
 class Gate:
@@ -67,11 +92,11 @@ class EngineActor:
         self.companion, self.gate = companion, Gate()
         # Ray starts an actor again whose process died; one that raises here stays dead.
         me = ray.get_runtime_context().get_actor_id()
-        died: Any = ray.get(companion.loads.remote(me))
+        died = outlast(lambda: ray.get(companion.loads.remote(me)))
         if died > START_RETRIES:
             raise StageError(f"its process died {died} times while it loaded (memory is the usual reason)")
         self.engine = start_engine(settings, policy)
-        ray.get(companion.loaded.remote(me))
+        outlast(lambda: ray.get(companion.loaded.remote(me)))
 
     def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         with self.gate.together():
@@ -80,7 +105,7 @@ class EngineActor:
     def generate_alone(self, requests: Sequence[Request], sampling: Mapping[str, Any], token: str) -> list[list[Sample]]:
         """Sample with nothing else in the engine; the companion knows from when on a crash is this call's own."""
         with self.gate.alone():
-            ray.get(self.companion.begins.remote(token))
+            outlast(lambda: ray.get(self.companion.begins.remote(token)))
             return self.engine.generate(requests, sampling)
 
     def load(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dpo_ray.engines.actors import Companion, EngineActor, Family, load_failure
+from dpo_ray.engines.actors import Companion, EngineActor, Family, load_failure, outlast
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
@@ -107,10 +108,10 @@ class EnginePool:
         for _ in range(MAX_CRASHES):
             token, actor = uuid.uuid4().hex, self._least_loaded()
             try:
-                ray.get(actor.processes.remote())  # waits while the engine starts again
+                outlast(partial(_processes, actor))  # waits while the engine starts again
                 return ray.get(actor.generate_alone.remote(requests, sampling, token))
             except RayActorError as error:
-                began, total = ray.get(self.companion.crashed.remote(token))
+                began, total = outlast(partial(_crashed, self.companion, token))
                 if total > MAX_CRASHES:
                     raise StageError(_too_many_crashes(self.settings.kind, error)) from error
                 last = load_failure(error)
@@ -127,7 +128,7 @@ class EnginePool:
 
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
-        return ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens))
+        return outlast(lambda: ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens)))
 
     def restarts(self) -> int:
         """How often engines have started again since `use` last started them; 0 while that cannot be told."""
@@ -172,6 +173,14 @@ class EnginePool:
         for node, family in by_node.items():
             if left := _left_on(node, family):
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
+
+
+def _processes(actor: ActorHandle) -> Any:
+    return ray.get(actor.processes.remote())
+
+
+def _crashed(companion: ActorHandle, token: str) -> Any:
+    return ray.get(companion.crashed.remote(token))
 
 
 def _left_on(node: str, family: set[tuple[int, float]]) -> list[int]:

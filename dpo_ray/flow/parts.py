@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import ray
 from pydantic import BaseModel, ValidationError
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.exceptions import RayActorError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from dpo_ray.errors import DpoRayError, SchemaError, StageError
 from dpo_ray.flow import storage
@@ -224,7 +224,7 @@ def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
 
 def first_cause(error: BaseException, stage: str) -> DpoRayError:
     """Our own error inside Ray's wrappings as it was raised; any other as a StageError that names its kind."""
-    if isinstance(error, WorkerCrashedError | RayActorError):
+    if isinstance(error, WorkerCrashedError | RayActorError) and not isinstance(error, RayTaskError):
         return StageError(
             f"{stage}: its process died more than {MAX_DEATHS} times at the same rows: {str(error).splitlines()[0]} The usual "
             "reasons are too little memory, and a crash in native code of the model or function; see Ray's worker logs"

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from dpo_ray.errors import StageError, StaleArtifactError
-from dpo_ray.flow import cluster, fit, storage, waiting
+from dpo_ray.flow import cluster, fit, head, storage, waiting
 from dpo_ray.flow.artifact import MANIFEST, Artifact, Manifest, read_artifact, write_manifest
 from dpo_ray.flow.fingerprint import differing_fields, fingerprint
 from dpo_ray.flow.lease import Lease
@@ -183,7 +183,7 @@ def _run_stage(
     if not holder.keeps_for(stage) and waiting.wait_for_room(stage.key, stage.needs, progress.waits, limit_s=max_wait_s):
         cluster.probe_shared(root)  # by the nodes that have come meanwhile
     started = time.monotonic()
-    with pulse(stage.key, measured, holder.restarts):
+    with head.watch(progress.waits), pulse(stage.key, measured, holder.restarts):
         engine = holder.engine_for(stage, inputs)
         idle = cluster.Idle()
         context = StageContext(directory, fingerprint(wanted), inputs, engine, holder.close, measured)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -25,6 +26,7 @@ from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.train_worker import run_worker
 
 VERSION = 1
+MAX_BOARD_DEATHS = 8
 CHANGES_NO_RESULT = {"resources", "checkpoint_steps", "logging_steps", "report_to", "max_batch_tokens", "share_prompt"}
 CHANGES_NO_RESULT |= {"checkpoints_kept", "max_failures", "max_setup_failures", "max_preemptions", "collective_timeout_s"}
 """Settings that can change between two attempts at one result: they change it by rounding at most."""
@@ -58,10 +60,10 @@ def needs(block: TrainBlock) -> Needs:
 def _train(config: Run, round_: int | None, context: StageContext) -> StageOutput:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from dpo_ray.train_failures import StopAtOurErrors, fit, run_until_started
+    from dpo_ray.train_network import OnRaysNetwork
     from dpo_ray.train_scaling import Trainer
 
     pairs, block, resources = context.inputs["pairs"], config.train, config.train.resources
@@ -70,7 +72,7 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
     state, name = f"{context.directory}/state", f"attempt-{context.fingerprint[:12]}"
     # On the driver's own node, so that no other node's end takes them.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = ray.remote(_Board).options(num_cpus=0, max_restarts=MAX_BOARD_DEATHS, scheduling_strategy=here).remote()
     arguments = {
         "config": config,
         "round": round_,
@@ -108,14 +110,13 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
             ),
             callbacks=[StopAtOurErrors()],
         ),
-        torch_config=TorchConfig(backend=on_gpu if resources.gpus else "gloo", timeout_s=block.collective_timeout_s),
+        torch_config=OnRaysNetwork(backend=on_gpu if resources.gpus else "gloo", timeout_s=block.collective_timeout_s),
     )
 
     def attempt() -> None:
         done = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(trainer)
         while not ray.wait([done], timeout=0.5)[0]:
-            latest = ray.get(board.latest.remote())
-            if latest:
+            if latest := _latest(board):
                 context.progress.update(*latest)
         ray.get(done)
 
@@ -130,6 +131,17 @@ def _train(config: Run, round_: int | None, context: StageContext) -> StageOutpu
         {},
         {"identity": identity, "steps": len(metrics), "tokens": sum(m["num_tokens"] for m in metrics), **summary},
     )
+
+
+def _latest(board: Any) -> tuple[int, int, dict[str, float]] | None:
+    """The workers' latest progress; None while the board starts again, for which training does not end."""
+    from ray import get
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        return get(board.latest.remote(), timeout=5)
+    except (RayActorError, GetTimeoutError):
+        return None
 
 
 def check_reference(pairs: Artifact) -> str:

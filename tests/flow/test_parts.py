@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pytest
 import ray
 import ray.data
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from dpo_ray.errors import ConfigError, SchemaError, StageError
 from dpo_ray.flow import parts
@@ -315,6 +316,13 @@ def test_run_parts_other_error_inside_a_ray_task_names_stage_and_kind(tmp_path, 
 
 
 @real
+def test_error_of_an_actor_that_the_work_has_called_is_not_taken_for_a_death_of_its_own():
+    unreachable = RayTaskError("work", "traceback", ActorUnavailableError("no route to host", None)).as_instanceof_cause()
+    error = parts.first_cause(unreachable, "generate")
+    assert "died" not in str(error)
+    assert "generate: ActorUnavailableError: The actor None is unavailable: no route to host" in str(error)
+
+
 def test_run_parts_failed_part_keeps_the_others_for_the_next_attempt(tmp_path, source):
     switch = tmp_path / "mended"
 

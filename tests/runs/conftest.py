@@ -8,8 +8,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ import pytest
 
 from dpo_ray.quickstart.policy import build_policy
 
+from ..waiting import wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
+LOCAL = "127.0.0.1"
 SECRETS = {
     name: f"secret-{uuid.uuid4().hex}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY")
 }
@@ -35,16 +38,21 @@ class Cluster(NamedTuple):
     """Where Ray writes: its sessions, with every log."""
 
     @contextmanager
-    def join(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """One more node, until the block is left."""
-        start = [str(self.bin / "python"), "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+    def join(self, *options: str, on: Sequence[str] = (), address: str = LOCAL) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node, until the block is left; on another host by a command before its own, and the host's address."""
+        start = [*on, str(self.bin / "python"), "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"]
         start += [f"--address={self.env['RAY_ADDRESS']}", "--dashboard-agent-listen-port=0", *options]
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(start, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        log = self.temp / f"node-{uuid.uuid4().hex}.log"
+        with log.open("wb") as out:
+            unbuffered = {**self.env, "PYTHONUNBUFFERED": "1"}
+            process = subprocess.Popen(start, env=unbuffered, stdout=out, stderr=out, start_new_session=True)
             try:
+                # One at a time: nodes of one machine share the session's directory, and two that start at once may hang.
+                wait_until(lambda: process.poll() is not None or b"Ray runtime started" in log.read_bytes(), 90)
                 yield process
             finally:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # a test that kills the node has ended it
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait(30)
 
     def state(self, of: str) -> list[Any]:
@@ -83,9 +91,13 @@ class Cluster(NamedTuple):
         return subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
 
 
-def start_cluster(*options: str) -> Iterator[Cluster]:
+def start_cluster(
+    *options: str, added: Mapping[str, str] | None = None, on: Sequence[str] = (), address: str = LOCAL
+) -> Iterator[Cluster]:
+    """A head, until the generator goes on; `added` is environment of nodes and commands, `on` and `address` as in `join`."""
     port, dashboard = _free_port(), _free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:  # Ray's socket paths must be short
+    # Ray's socket paths must be short, and a process of a node that was killed may still write its log.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temp:
         environment = Path(temp) / "venv"  # Ray starts its workers through a shell and does not quote a path with a space
         environment.symlink_to(sys.prefix)
         bin_ = environment / "bin"
@@ -93,20 +105,23 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
             **os.environ,
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
-            "RAY_ADDRESS": f"127.0.0.1:{port}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_ADDRESS": f"{address}:{port}",
+            "RAY_API_SERVER_ADDRESS": f"http://{address}:{dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
             **SECRETS,
+            **(added or {}),
         }
-        fixed = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
+        fixed = [f"--dashboard-host={address}"] if address != LOCAL else []
+        fixed += [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--dashboard-agent-listen-port=0"]
         command = [
+            *on,
             str(bin_ / "python"),
             "-m",
             "ray.scripts.scripts",
             "start",
             "--head",
             "--block",
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={address}",
             *fixed,
             *options,
         ]
@@ -114,10 +129,11 @@ def start_cluster(*options: str) -> Iterator[Cluster]:
         log = open(f"{temp}/start.log", "w")  # noqa: SIM115  # closed with the process below
         process = subprocess.Popen(command, env=without, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_for(dashboard, process, Path(log.name))
+            _wait_for(address, dashboard, process, Path(log.name))
             yield Cluster(env, bin_, process.pid, Path(temp))
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # a test that kills the head has ended it
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
@@ -145,14 +161,14 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _wait_for(dashboard: int, process: subprocess.Popen[bytes], log: Path, timeout: float = 90) -> None:
+def _wait_for(address: str, dashboard: int, process: subprocess.Popen[bytes], log: Path, timeout: float = 90) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"ray start ended with {process.returncode}:\n{log.read_text()}")
         with socket.socket() as s:
             s.settimeout(1)
-            if s.connect_ex(("127.0.0.1", dashboard)) == 0:
+            if s.connect_ex((address, dashboard)) == 0:
                 return
         time.sleep(0.2)
     raise RuntimeError(f"ray start gave no dashboard within {timeout} s:\n{log.read_text()}")
