@@ -143,12 +143,18 @@ def killed(fit, tmp_path_factory, policy):
 
     def kill(done):
         if done > 150 and not victims:
-            found = (p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
-            victims.append(next(found))
+            victims.append(next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title(p)))
             os.kill(victims[0].pid, signal.SIGKILL)
 
     run(directory, policy, (1, 2), "f2", progress=kill, cpus=3, **LONG)
     return directory, victims
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def run(directory, policy, workers, fingerprint="f1", progress=None, table=None, **options):
