@@ -96,7 +96,7 @@ def test_round_that_loses_a_host_in_reference_and_elastic_training_cut_off_from_
         tree = spread_out(tmp_path, policy.path, workers=(1, 2))
         tree["reference"]["resources"] |= {"actors": 2, "cpus": 1.5}
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
-        run.wait_for(lambda: len(run.parts("reference")) >= 1)
+        run.wait_for(lambda: run.committed("pair") and len(actors(head, "LogpsActor")) == 2)  # they load; the rest is short
         lost = hosts_of(head, "LogpsActor", machines)[0]
         record(lose_power(lost, run, "reference"))
         join(stack, head, lost)
