@@ -103,7 +103,7 @@ def stage(job: Job, directory: str) -> Result:
     with open(os.devnull, "w") as quiet:
         inputs = {"pairs": commit_pairs(job, directory), "policy": policy}
         context = StageContext(target, "benchmark", inputs, None, lambda: None, Progress(quiet))
-        train.stage(config_of(job, directory), 0, "policy").run(context)
+        train.stage(config_of(job, directory), 0, "policy", "pairs").run(context)
     ray.shutdown()
     log = [json.loads(line) for line in Path(target, "metrics.jsonl").read_text().splitlines()]
     seen = [json.loads(Path(target, f"seen-{rank}.json").read_text()) for rank in range(job.workers)]

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
+from dpo_ray.flow.metrics import COUNTERS, GAUGES
+from dpo_ray.flow.metrics import TAGS as TAG_NAMES
+
 from .manifests import ROOT, of_kind
 
 DASHBOARD = json.loads((ROOT / "cluster/monitoring/dashboard.json").read_text())
-COUNTERS = ("dpo_ray_rows_total", "dpo_ray_tokens_total", "dpo_ray_dropped_total", "dpo_ray_engine_restarts_total")
-GAUGES = ("dpo_ray_reward_margin", "dpo_ray_kl", "dpo_ray_step_seconds", "dpo_ray_idle_share")
-TAGS = {"run", "round", "stage"}
+TAGS = set(TAG_NAMES)
 OTHERS = {
     "ray_node_gpus_utilization", "ray_node_mem_used", "ray_node_mem_total", "autoscaler_pending_nodes"
 }  # fmt: skip
@@ -23,7 +24,7 @@ def metrics(expression: str) -> set[str]:
 
 
 def test_dashboard_shows_every_metric_and_no_other():
-    assert set().union(*map(metrics, EXPRESSIONS)) == {f"ray_{m}" for m in COUNTERS + GAUGES} | OTHERS
+    assert set().union(*map(metrics, EXPRESSIONS)) == {f"ray_{m}" for m in (*COUNTERS, *GAUGES)} | OTHERS
 
 
 def test_dashboard_names_are_those_that_ray_exports():
@@ -35,7 +36,7 @@ def test_dashboard_names_are_those_that_ray_exports():
         recorder.register_counter_metric(name, "")
     for name in GAUGES:
         recorder.register_gauge_metric(name, "")
-    for name in COUNTERS + GAUGES:
+    for name in (*COUNTERS, *GAUGES):
         recorder.set_metric_value(name, tags, 1.0)
     exported = set(re.findall(r"^(\w*dpo_ray\w*){", generate_latest().decode(), re.MULTILINE))
     assert exported == {m for e in EXPRESSIONS for m in metrics(e)} - OTHERS
