@@ -21,9 +21,14 @@ POOLS = {"cpu": 0, "inference": 1, "train": 1}
 """GPUs of the node of each."""
 
 
+ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ON_CPU |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""What an engine without a GPU sets for itself: vLLM's CPU build runs here on a GPU that Ray alone believes in."""
+
+
 @pytest.fixture(scope="module")
 def pools() -> Iterator[Cluster]:
-    for cluster in start_cluster("--num-cpus=0"):
+    for cluster in start_cluster("--num-cpus=0", added=ON_CPU):
         with ExitStack() as nodes:
             for pool, gpus in POOLS.items():
                 size = ("--num-cpus=2", f"--num-gpus={gpus}", "--memory=4000000000", "--object-store-memory=100000000")
@@ -38,7 +43,6 @@ def on(pool: str, **resources: Any) -> dict[str, Any]:
 def placed(directory: Path, policy: str) -> dict[str, Any]:
     tree = config(directory, policy) | {"root": str(directory / "root"), "prompts_per_round": 16}
     tree["prompts"]["resources"] = on("cpu")
-    # The CPU build of vLLM, to which a GPU is no more than something that Ray has counted.
     tree["generate"] |= {"engine": "vllm", "engine_args": {"enforce_eager": True, "enable_chunked_prefill": False}}
     tree["generate"]["resources"] = on("inference", gpus=1, cpus=1, rows_per_part=8)
     tree["score"]["resources"] |= on("cpu")
@@ -74,7 +78,7 @@ def test_training_with_more_gpus_than_its_pool_has_is_refused_and_with_fewer_is_
     tree["train"]["resources"] = on("train", workers=2, cpus=1, gpus=1)
     done = command(pools, tmp_path, tree, "--dry-run")
     assert done.returncode == 1
-    assert "round_00/train needs 2 train workers x 1 CPU + 1 GPU on dpo-ray/pool=train, but only 1 fit" in done.stderr
+    assert "round_00/train needs 2 train worker x 1 CPU + 1 GPU on dpo-ray/pool=train, but only 1 fit" in done.stderr
     assert not (tmp_path / "root/run").exists()
 
     tree["train"]["resources"] = on("train", workers=1, cpus=1, gpus=1)
