@@ -34,7 +34,8 @@ class Placed(Block):
                     f"got {key!r}: {value!r}; expected a Kubernetes label such as `pool: train` (up to 63 letters, digits, "
                     "`-`, `_` and `.`), or a value `!spot`, `in(a, b)` or `!in(a, b)`"
                 )
-        return labels
+        # Ray 2.60 takes a space for a part of the value behind it, and would look for ` b` for ever.
+        return {key: value.replace(" ", "") for key, value in labels.items()}
 
 
 class DataResources(Placed):

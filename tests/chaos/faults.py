@@ -57,8 +57,10 @@ class Moment:
             lost = f"{self.steps - self.saved} steps since the checkpoint of step {self.saved}"
         else:
             names = {f"part-{i:05d}" for i in range(min(len(self.parts) + in_flight, NUM_PARTS))}
-            run.wait_for(lambda: names <= run.parts(self.stage) or run.committed(self.stage))
-            lost = f"{in_flight} of {NUM_PARTS} parts, in flight; 0 of {len(self.parts)} committed"
+            run.wait_for(lambda: names <= run.parts(self.stage).keys() or run.committed(self.stage))
+            again = self.parts.items() - run.parts(self.stage).items()
+            assert not again, "what was committed is not made again"
+            lost = f"{in_flight} of {NUM_PARTS} parts, in flight; {len(again)} of {len(self.parts)} committed"
         return Fault(self.fault, self.stage, lost, time.monotonic() - self.began)
 
 

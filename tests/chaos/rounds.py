@@ -54,9 +54,10 @@ class Running:
     def __init__(self, process: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
         self.process, self.directory, self.log = process, directory, log
 
-    def parts(self, stage: str) -> set[str]:
-        """Names of the parts that the stage has committed."""
-        return {record.stem for record in (self.directory / stage / "_parts").glob("*.json")}
+    def parts(self, stage: str) -> dict[str, str]:
+        """Names of the parts that the stage has committed, with the record of each, which names the files of its attempt."""
+        records = {record.stem: record.read_text() for record in (self.directory / stage / "_parts").glob("*.json")}
+        return {name: text for name, text in records.items() if text.endswith("}")}  # the others are being written
 
     def steps(self) -> int:
         """Steps of training that are logged."""

@@ -73,33 +73,36 @@ def test_round_across_three_hosts_ends_in_the_policy_of_one(
         assert hashes(run.directory) == hashes(undisturbed)
 
 
-def test_round_that_loses_a_host_in_generate_and_is_cut_off_from_one_in_train_ends_in_the_same_policy(
+def test_round_that_loses_two_hosts_and_is_cut_off_from_one_in_train_ends_in_the_same_policy(
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
     with ExitStack() as stack:
         join(stack, head, *machines[1:])
-        run = stack.enter_context(running(head, tmp_path, spread_out(tmp_path, policy.path), on=machines[0].on))
+        tree = spread_out(tmp_path, policy.path)
+        tree["reference"]["resources"] |= {"actors": 2, "cpus": 1.5}
+        run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
         run.wait_for(lambda: len(run.parts("generate")) >= 2)
         lost = hosts_of(head, "EngineActor", machines)[0]
         record(lose_power(lost, run, "generate"))
         join(stack, head, lost)
+
+        run.wait_for(lambda: run.committed("pair") and len(actors(head, "LogpsActor")) == 2)  # they load; the rest is short
+        lost = hosts_of(head, "LogpsActor", machines)[0]
+        record(lose_power(lost, run, "reference"))
+        join(stack, head, lost)
+
         cut_off_in_training(head, machines, run, record)
         run.completes()
         assert hashes(run.directory) == hashes(undisturbed)
 
 
-def test_round_that_loses_a_host_in_reference_and_elastic_training_cut_off_from_one_see_every_pair_once(
+def test_elastic_training_that_is_cut_off_from_a_host_sees_every_pair_once(
     head: Cluster, machines: list[Host], undisturbed: Path, policy: PolicyRef, tmp_path: Path, record: Callable[[Fault], None]
 ) -> None:
     with ExitStack() as stack:
         join(stack, head, *machines[1:3])
         tree = spread_out(tmp_path, policy.path, workers=(1, 2))
-        tree["reference"]["resources"] |= {"actors": 2, "cpus": 1.5}
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
-        run.wait_for(lambda: len(run.parts("reference")) >= 1)
-        lost = hosts_of(head, "LogpsActor", machines)[0]
-        record(lose_power(lost, run, "reference"))
-        join(stack, head, lost)
         cut_off_in_training(head, machines, run, record)
         run.completes()
         assert_every_pair_was_seen_once_an_epoch(run.directory, undisturbed)

@@ -24,7 +24,7 @@ from dpo_ray.flow import cluster, fit
 
 cluster.connect()
 idle = cluster.Idle()
-settings = EngineSettings("hf", "float32", 64, {}, 1, 0.0, 1.0, 2, False, {"pool": "in(a, b)"})
+settings = EngineSettings("hf", "float32", 64, {}, 1, 0.0, 1.0, 2, False, {"pool": "in(a,b)"})
 pool = EnginePool(settings, PolicyRef(sys.argv[1], "p"), 2, 2)
 nodes = {node.labels.get("pool"): node.id for node in fit.live_nodes()}
 print("started", len({where for where, _ in pool.processes[:2]}), flush=True)
