@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,13 @@ Family = tuple[str, list[tuple[int, float]]]
 """A node's id, and pid and start time of each process of an actor there."""
 
 
-def outlast(call: Callable[[], Any], *, limit_s: float = UNREACHABLE_S, pause_s: float = PAUSE_S) -> Any:
+def outlast(method: Any, *args: Any, limit_s: float = UNREACHABLE_S, pause_s: float = PAUSE_S) -> Any:
     """The answer of an actor, asked again while Ray cannot reach it: its host comes back, or Ray starts the actor elsewhere.
 
     Ray's own retries of a call are over within seconds.
 
     Args:
-        call: asks and waits for the answer.
+        method: of the actor's handle; called with `args`.
 
     Raises:
         ActorUnavailableError: still, after `limit_s`.
@@ -42,7 +42,7 @@ def outlast(call: Callable[[], Any], *, limit_s: float = UNREACHABLE_S, pause_s:
     deadline = time.monotonic() + limit_s
     while True:
         try:
-            return call()
+            return ray.get(method.remote(*args))
         except ActorUnavailableError:
             if time.monotonic() + pause_s > deadline:
                 raise
@@ -92,11 +92,11 @@ class EngineActor:
         self.companion, self.gate = companion, Gate()
         # Ray starts an actor again whose process died; one that raises here stays dead.
         me = ray.get_runtime_context().get_actor_id()
-        died = outlast(lambda: ray.get(companion.loads.remote(me)))
+        died = outlast(companion.loads, me)
         if died > START_RETRIES:
             raise StageError(f"its process died {died} times while it loaded (memory is the usual reason)")
         self.engine = start_engine(settings, policy)
-        outlast(lambda: ray.get(companion.loaded.remote(me)))
+        outlast(companion.loaded, me)
 
     def generate(self, requests: Sequence[Request], sampling: Mapping[str, Any]) -> list[list[Sample]]:
         with self.gate.together():
@@ -105,7 +105,7 @@ class EngineActor:
     def generate_alone(self, requests: Sequence[Request], sampling: Mapping[str, Any], token: str) -> list[list[Sample]]:
         """Sample with nothing else in the engine; the companion knows from when on a crash is this call's own."""
         with self.gate.alone():
-            outlast(lambda: ray.get(self.companion.begins.remote(token)))
+            outlast(self.companion.begins, token)
             return self.engine.generate(requests, sampling)
 
     def load(self) -> int:

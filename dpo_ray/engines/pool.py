@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import psutil
@@ -108,10 +107,10 @@ class EnginePool:
         for _ in range(MAX_CRASHES):
             token, actor = uuid.uuid4().hex, self._least_loaded()
             try:
-                outlast(partial(_processes, actor))  # waits while the engine starts again
+                outlast(actor.processes)  # waits while the engine starts again
                 return ray.get(actor.generate_alone.remote(requests, sampling, token))
             except RayActorError as error:
-                began, total = outlast(partial(_crashed, self.companion, token))
+                began, total = outlast(self.companion.crashed, token)
                 if total > MAX_CRASHES:
                     raise StageError(_too_many_crashes(self.settings.kind, error)) from error
                 last = load_failure(error)
@@ -128,7 +127,7 @@ class EnginePool:
 
     def render(self, rows: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], max_tokens: int) -> list[Rendered]:
         """Apply the policy's chat template to rows of `prompt` and `tools`; see render.py."""
-        return outlast(lambda: ray.get(self.companion.render.remote(rows, template_kwargs, max_tokens)))
+        return outlast(self.companion.render, rows, template_kwargs, max_tokens)
 
     def restarts(self) -> int:
         """How often engines have started again since `use` last started them; 0 while that cannot be told."""
@@ -173,14 +172,6 @@ class EnginePool:
         for node, family in by_node.items():
             if left := _left_on(node, family):
                 raise ResourceError(f"engine processes {left} on node {node} outlived SIGKILL; their memory is not free")
-
-
-def _processes(actor: ActorHandle) -> Any:
-    return ray.get(actor.processes.remote())
-
-
-def _crashed(companion: ActorHandle, token: str) -> Any:
-    return ray.get(companion.crashed.remote(token))
 
 
 def _left_on(node: str, family: set[tuple[int, float]]) -> list[int]:
