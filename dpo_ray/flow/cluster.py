@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.utils import read_ray_address
 from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 
 from dpo_ray.errors import ResourceError
+from dpo_ray.flow import head
 from dpo_ray.flow.fit import Node, live_nodes
 
 RELEASE_TIMEOUT_S = 60.0
@@ -28,12 +30,26 @@ def connect() -> None:
     # A local Ray keeps this many idle workers; by default as many as CPUs, and each one more costs 3 s of CPU to start again.
     os.environ.setdefault("RAY_num_workers_soft_limit", "4")
     ray.init(
+        address=_address(),
         runtime_env=worker_environment(),
         logging_level=logging.WARNING,
         log_to_driver=False,
         ignore_reinit_error=True,  # a notebook or test that has connected already keeps its connection
     )
     _quiet_ray_data()
+
+
+def _address() -> str | None:
+    """None, by which Ray looks for the cluster itself; `local` where it would find one that is gone, and wait for minutes."""
+    if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return None
+    started = read_ray_address()  # what `ray start` wrote down on this machine, and `ray stop` deletes
+    if not started or head.answers(started, timeout_s=5.0):
+        return None
+    logging.getLogger(__name__).warning(
+        "the Ray cluster that was started on this machine (%s) does not answer; this run starts a Ray of its own", started
+    )
+    return "local"
 
 
 def worker_environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A thread beside the driver that speaks when the head of the cluster no longer answers.
+"""Whether the head of a cluster answers: asked before a driver joins it, and by a thread beside the driver, which speaks.
 
 Ray ends a driver whose head stays away for a minute, by an exit that Python does not see, and says nothing.
 """
@@ -32,7 +32,7 @@ def watch(
     def look() -> None:
         answered, said = time.monotonic(), False
         while not stop.wait(look_s):
-            if _answers(address, look_s):
+            if answers(address, look_s):
                 if said:
                     say(f"the head of the cluster ({address}) answers again")
                 answered, said = time.monotonic(), False
@@ -51,7 +51,8 @@ def watch(
         stop.set()
 
 
-def _answers(address: str, timeout_s: float) -> bool:
+def answers(address: str, timeout_s: float) -> bool:
+    """Whether something takes a connection at `host:port` within the time."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout_s):

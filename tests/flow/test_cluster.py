@@ -1,3 +1,9 @@
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -46,3 +52,17 @@ def test_probe_shared_unwritable_root_is_a_resource_error_that_names_it(tmp_path
     root = f"{tmp_path}/file/root"
     with pytest.raises(ResourceError, match=root):
         cluster.probe_shared(root)
+
+
+def test_connect_starts_a_ray_of_its_own_where_the_one_that_was_started_here_is_gone():
+    driver = "from dpo_ray.flow import cluster; cluster.connect(); import ray; print(ray.get_runtime_context().gcs_address)"
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short:  # as Ray's socket paths must be
+        gone = Path(short) / "ray/ray_current_cluster"
+        gone.parent.mkdir()
+        gone.write_text("127.0.0.1:1")
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": short}
+        root = Path(__file__).parents[2]
+        done = subprocess.run([sys.executable, "-c", driver], cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "127.0.0.1:1) does not answer" in done.stderr
+    assert done.stdout.strip() not in ("", "127.0.0.1:1")
