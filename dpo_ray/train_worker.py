@@ -26,7 +26,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from dpo_ray import train_state
+    from dpo_ray import train_saving, train_state
     from dpo_ray.learn import speed
     from dpo_ray.train_objectives import open_work
 
@@ -68,7 +68,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
         read_after=read_after,
     )
     counted: Any = {"share_prompt": path.share_prompt, "num_targets": num_targets}
-    with contextlib.ExitStack() as closing, train_state.saving(where, model, optimizer, **saving) as save:
+    with contextlib.ExitStack() as closing, train_saving.saving(where, model, optimizer, **saving) as save:
         closing.callback(log.close)
         started = time.perf_counter()
         for metrics in steps:

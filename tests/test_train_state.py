@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_ray import train_owner, train_state
+from dpo_ray import train_owner, train_saving, train_state
 from dpo_ray.errors import StageError
 from dpo_ray.flow import storage
 from dpo_ray.learn import checkpoint
@@ -49,7 +49,7 @@ def run(where, path: str, *, until: int = len(PLAN), every: int = 2, kept: int =
     model, optimizer = fresh(path)
     done, log = train_state.resume(where, model, optimizer)
     before = done
-    with train_state.saving(where, model, optimizer, every=every, num_steps=len(PLAN), kept=kept, **options) as save:
+    with train_saving.saving(where, model, optimizer, every=every, num_steps=len(PLAN), kept=kept, **options) as save:
         for metrics in training.take(model, optimizer, PAIRS, PLAN[:until], start_step=done):
             done += 1
             log.append(metrics)
@@ -105,7 +105,7 @@ def test_saving_holds_no_step_while_a_checkpoint_is_written(where, path, uninter
     write_state = checkpoint.write_state
     monkeypatch.setattr(checkpoint, "write_state", slow)
     model, optimizer = fresh(path)
-    with train_state.saving(where, model, optimizer, every=2, num_steps=6, kept=2) as save:
+    with train_saving.saving(where, model, optimizer, every=2, num_steps=6, kept=2) as save:
         for step, metrics in enumerate(training.take(model, optimizer, PAIRS, PLAN[:3]), 1):
             save(step, uninterrupted[:step])
             assert metrics == uninterrupted[step - 1]
@@ -118,7 +118,7 @@ def test_saving_holds_no_step_while_a_checkpoint_is_written(where, path, uninter
 
 def test_saving_now_writes_a_checkpoint_that_no_step_was_due_for(where, path, uninterrupted):
     model, optimizer = fresh(path)
-    with train_state.saving(where, model, optimizer, every=100, num_steps=6, kept=2) as save:
+    with train_saving.saving(where, model, optimizer, every=100, num_steps=6, kept=2) as save:
         for step, _ in enumerate(training.take(model, optimizer, PAIRS, PLAN[:3]), 1):
             save(step, uninterrupted[:step], step == 3)
     assert whole(where) == [3]
@@ -241,7 +241,7 @@ def test_checkpoints_of_one_step_are_ordered_by_when_they_were_written(where, pa
     state = checkpoint.copy_state(model, optimizer, 1)
     names = []
     for _ in range(4):
-        train_state.write(where, state, [], kept=9)
+        train_saving.write(where, state, [], kept=9)
         names.append({name for name, _ in train_state.committed(where.directory)})
     added = [after - before for before, after in itertools.pairwise([set(), *names])]
     assert [name for name, _ in train_state.committed(where.directory)] == [name for (name,) in reversed(added)]

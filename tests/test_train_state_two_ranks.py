@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_ray import preemption, train_state
+from dpo_ray import preemption, train_saving, train_state
 from dpo_ray.errors import StageError
 
 from .learn import ranks, tiny, training
@@ -34,7 +34,7 @@ def run(root: Path, name: str, path: str, *, until: int = NUM_STEPS):
     place = where(root, name)
     done, log = train_state.resume(place, model, optimizer)
     before = done
-    with train_state.saving(place, model, optimizer, every=EVERY, num_steps=NUM_STEPS, kept=2) as save:
+    with train_saving.saving(place, model, optimizer, every=EVERY, num_steps=NUM_STEPS, kept=2) as save:
         for metrics in training.take(model, optimizer, PAIRS, plan(world_size)[:until], start_step=done):
             done += 1
             log.append(metrics)

@@ -5,7 +5,8 @@ Writes `policy/`: a directory that vLLM and transformers load.
 With LoRA, `policy/` has the adapters merged into its weights, so that every later stage and round loads a plain policy,
 and `adapter/` has them alone, as PEFT loads them.
 
-Ray Train starts the workers (train_worker.py), train_state.py keeps the checkpoints; what they compute is learn/.
+Ray Train starts the workers (train_worker.py); train_saving.py writes the checkpoints and train_state.py reads them; what
+the workers compute is learn/.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dpo_ray import train_state
+from dpo_ray import train_saving, train_state
 from dpo_ray.engines.hf import HfEngine
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.requests import EngineSettings, Request
@@ -212,7 +212,7 @@ def test_resume_on_gpu_has_the_weights_of_the_checkpoint(policy: Path, rows: Pai
     path = choose_path(load_policy(str(policy), dtype=torch.float32).to("cuda"), longest(few), pad_token_id=0)
     plan = batches.Plan(lengths, share_prompt=path.share_prompt, **how)
     log, held, after = [], [], {}
-    with train_state.saving(where, model, optimizer, every=2, num_steps=4, kept=2) as save:
+    with train_saving.saving(where, model, optimizer, every=2, num_steps=4, kept=2) as save:
         for (metrics,) in train(model, optimizer, few, lengths, plan, path):
             log.append(metrics)
             started = time.perf_counter()
