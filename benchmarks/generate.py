@@ -71,7 +71,8 @@ def stage(policy: str, num_prompts: int, closed: bool = False) -> dict[str, floa
     from dpo_ray.engines.pool import EnginePool
     from dpo_ray.engines.requests import EngineSettings
     from dpo_ray.flow import cluster
-    from dpo_ray.flow.parts import Part, Slice, run_parts
+    from dpo_ray.flow.part_commits import Part, Slice
+    from dpo_ray.flow.parts import run_parts
     from dpo_ray.flow.progress import Progress
     from dpo_ray.flow.stage import StageContext
     from dpo_ray.stages.generate import GRAIN, count_completions, generate, tasks

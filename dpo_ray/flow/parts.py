@@ -11,7 +11,6 @@ went in came out once or was dropped by reason.
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,55 +18,28 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pydantic import BaseModel, ValidationError
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
-from dpo_ray.errors import DpoRayError, SchemaError, StageError
-from dpo_ray.flow import storage
-from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, write_table
+from dpo_ray.errors import DpoRayError, StageError
+from dpo_ray.flow.artifact import Artifact
 from dpo_ray.flow.fingerprint import fingerprint
+from dpo_ray.flow.part_commits import (
+    DROP_REASON,
+    Grain,
+    Part,
+    PartRecord,
+    Slice,
+    check_unique,
+    committed_parts,
+    load_part,
+    make_sink,
+)
 from dpo_ray.flow.stage import StageContext, StageOutput
-from dpo_ray.schemas import conform
 
-PART = "_part"
-DROP_REASON = "drop_reason"
 RETRY_ADVICE = "\nFailed to apply UDF transform after "  # Ray Data appends its settings to the message of every error
-MAX_PART_BYTES = 64 << 20  # above this Ray splits a block, and a part would no longer be one
 MAX_DEATHS = 8
 """How often Ray Data's task, or actor, may lose its process or node; without a limit a crash that comes again never ends."""
-
-
-class Slice(NamedTuple):
-    """Rows start..stop of one committed file."""
-
-    uri: str
-    start: int
-    stop: int
-
-
-class Part(NamedTuple):
-    name: str
-    slices: tuple[Slice, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(s.stop - s.start for s in self.slices)
-
-
-class PartRecord(BaseModel):
-    """The commit of one part."""
-
-    part: str
-    attempt: str
-    """Fingerprint of the stage and of the rows that the part was made of."""
-    file: FileRecord | None
-    """None when every row was dropped."""
-    quarantine: FileRecord | None
-    rows_in: int
-    rows_out: int
-    dropped: dict[str, int]
-    counters: dict[str, float]
 
 
 class Tasks(NamedTuple):
@@ -109,14 +81,6 @@ class Actors(NamedTuple):
             "max_task_retries": MAX_DEATHS,
             "label_selector": dict(self.node_labels),
         }
-
-
-class Grain(NamedTuple):
-    """How the rows of a stage are keyed."""
-
-    key_in: str
-    key_out: str
-    schema: pa.Schema
 
 
 def split_into_parts(
@@ -171,10 +135,10 @@ def run_parts(
     if not parts:
         raise StageError(f"{stage}: no rows to work on; the stage before it committed none")
     attempts = {p.name: fingerprint({"stage": context.fingerprint, "slices": [list(s) for s in p.slices]}) for p in parts}
-    records = _committed(directory, attempts)
+    records = committed_parts(directory, attempts)
     todo = [p for p in parts if p.name not in records]
     total = sum(p.rows for p in parts)
-    sink = _make_sink(directory, attempts, {p.name: p for p in parts}, grain, stage, count)
+    sink = make_sink(directory, attempts, {p.name: p for p in parts}, grain, stage, count)
 
     def report() -> None:
         counters = _sum_counters(records.values())
@@ -188,7 +152,7 @@ def run_parts(
         descriptors = [{"part": p.name, "slices": [s._asdict() for s in p.slices]} for p in todo]
         source = ray.data.from_items(descriptors, override_num_blocks=len(descriptors))
         options = ends or Tasks(at_a_time=_tasks_beside_actors())
-        sunk = map_parts(transform(map_parts(source, _load, options)), sink, options)
+        sunk = map_parts(transform(map_parts(source, load_part, options)), sink, options)
         try:
             for row in sunk.iter_rows():
                 record = PartRecord.model_validate_json(row["record"])
@@ -197,7 +161,7 @@ def run_parts(
         except ray.exceptions.RayError as error:
             raise first_cause(error, stage) from error
     output = _summary(parts, records, stage, max_dropped)
-    _check_unique(directory, [r.file for r in records.values() if r.file], grain.key_out, stage)
+    check_unique(directory, [r.file for r in records.values() if r.file], grain.key_out, stage)
     return output
 
 
@@ -241,94 +205,11 @@ def first_cause(error: BaseException, stage: str) -> DpoRayError:
     return StageError(f"{stage}: {type(innermost).__name__}: {innermost}")
 
 
-def _load(descriptors: pa.Table) -> pa.Table:
-    (descriptor,) = descriptors.to_pylist()
-    tables = [read_table(s["uri"]).slice(s["start"], s["stop"] - s["start"]) for s in descriptor["slices"]]
-    table = pa.concat_tables(tables).combine_chunks()
-    if table.nbytes > MAX_PART_BYTES:
-        raise StageError(
-            f"{descriptor['part']} has {table.nbytes >> 20} MiB in {table.num_rows} rows, above {MAX_PART_BYTES >> 20} MiB; "
-            "lower resources.rows_per_part of this stage"
-        )
-    table = table.append_column(PART, pa.array([descriptor["part"]] * table.num_rows))
-    return table.append_column(DROP_REASON, pa.nulls(table.num_rows, pa.string()))
-
-
-def _make_sink(
-    directory: str,
-    attempts: Mapping[str, str],
-    parts: Mapping[str, Part],
-    grain: Grain,
-    stage: str,
-    count: Callable[[pa.Table], Mapping[str, float]],
-) -> Callable[[pa.Table], pa.Table]:
-    def sink(table: pa.Table) -> pa.Table:
-        (part,) = set(table[PART].to_pylist())
-        kept = table.filter(pc.is_null(table[DROP_REASON]))
-        dropped = table.filter(pc.is_valid(table[DROP_REASON])).drop_columns([PART])
-        _check_keys(stage, parts[part], kept, dropped, grain)
-        counters = dict(count(kept))
-        kept = conform(kept, grain.schema, stage, grain.key_in)
-        # A name of its own for every attempt: a zombie task can never overwrite what another one committed.
-        token = uuid.uuid4().hex[:8]
-        record = PartRecord(
-            part=part,
-            attempt=attempts[part],
-            file=write_table(directory, f"{part}-{token}.parquet", kept) if kept.num_rows else None,
-            quarantine=write_table(directory, f"quarantine/{part}-{token}.parquet", dropped) if dropped.num_rows else None,
-            rows_in=parts[part].rows,
-            rows_out=kept.num_rows,
-            dropped=dict(Counter(r.split(":")[0] for r in dropped[DROP_REASON].to_pylist())),
-            counters=counters,
-        )
-        data = record.model_dump_json()
-        storage.write_bytes(f"{directory}/_parts/{part}.json", data.encode())
-        return pa.table({"record": [data]})
-
-    return sink
-
-
-def _check_keys(stage: str, part: Part, kept: pa.Table, dropped: pa.Table, grain: Grain) -> None:
-    """Every id that went in came out or was dropped by reason, no other did, and no output id stands twice."""
-    kept_in, dropped_in = (set(t[grain.key_in].to_pylist()) for t in (kept, dropped))
-    slices = [read_table(s.uri, [grain.key_in]).slice(s.start, s.stop - s.start) for s in part.slices]
-    wanted = {i for s in slices for i in s[grain.key_in].to_pylist()}
-    if len(kept_in) + len(dropped_in) != part.rows or kept_in | dropped_in != wanted:
-        raise StageError(
-            f"{stage}: {part.name} has {part.rows} rows in, {len(kept_in)} of them out and {len(dropped_in)} dropped by reason "
-            f"(counted by {grain.key_in}); each must come out once, or be dropped"
-        )
-    repeated = [v["values"] for v in pc.value_counts(kept[grain.key_out]).to_pylist() if v["counts"] > 1]
-    if repeated:
-        raise SchemaError(f"{stage}: {part.name} has {grain.key_out}={repeated[0]!r} more than once; ids are unique in a table")
-
-
-def _check_unique(directory: str, files: Sequence[FileRecord], key: str, stage: str) -> None:
-    """No id stands in two parts."""
-    ids = pa.concat_tables(read_table(f"{directory}/{f.path}", [key]) for f in files)[key]
-    if len(pc.unique(ids)) != len(ids):
-        repeated = next(v["values"] for v in pc.value_counts(ids).to_pylist() if v["counts"] > 1)
-        raise SchemaError(f"{stage}: {key}={repeated!r} stands in more than one part; ids are unique in a table")
-
-
 def _sum_counters(records: Iterable[PartRecord]) -> dict[str, float]:
     total = Counter[str]()
     for record in records:
         total.update(record.counters)  # not `+`, which leaves out what is not positive
     return dict(total)
-
-
-def _committed(directory: str, attempts: Mapping[str, str]) -> dict[str, PartRecord]:
-    """Parts that an earlier attempt of the same stage committed; others, and torn records, do not count."""
-    records = {}
-    for name in storage.list_files(f"{directory}/_parts"):
-        try:
-            record = PartRecord.model_validate_json(storage.read_bytes(f"{directory}/_parts/{name}"))
-        except ValidationError:
-            continue
-        if attempts.get(record.part) == record.attempt:
-            records[record.part] = record
-    return records
 
 
 def _summary(parts: Sequence[Part], records: Mapping[str, PartRecord], stage: str, max_dropped: float) -> StageOutput:

@@ -19,7 +19,8 @@ from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow import fit, storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files, write_table
-from dpo_ray.flow.parts import Grain, Part, Slice, Tasks, run_parts
+from dpo_ray.flow.part_commits import Grain, Part, Slice
+from dpo_ray.flow.parts import Tasks, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import COMPLETIONS, SCORED, TOKENS
 

@@ -18,7 +18,8 @@ from dpo_ray.config import ActorResources, PreferenceRun, Train
 from dpo_ray.engines.policies import PolicyRef, local_path, policy_ref
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, FileRecord, read_table, record_files
-from dpo_ray.flow.parts import Actors, Grain, Part, Slice, Tasks, map_parts, run_parts
+from dpo_ray.flow.part_commits import Grain, Part, Slice
+from dpo_ray.flow.parts import Actors, Tasks, map_parts, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.intake import split_group
 from dpo_ray.schemas import PREFERENCES

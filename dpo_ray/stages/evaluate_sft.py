@@ -18,7 +18,8 @@ from dpo_ray.config import SftRun
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.flow import storage
 from dpo_ray.flow.artifact import Artifact, read_table, record_files
-from dpo_ray.flow.parts import Actors, Grain, Part, Tasks, map_parts, run_parts
+from dpo_ray.flow.part_commits import Grain, Part
+from dpo_ray.flow.parts import Actors, Tasks, map_parts, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.logps_actor import How, LogpsActor, per_token_name
 

@@ -16,7 +16,8 @@ from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.pool import EnginePool
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Grain, Part, Tasks, map_parts, mark_dropped, run_parts
+from dpo_ray.flow.part_commits import Grain, Part
+from dpo_ray.flow.parts import Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import EngineSpec, Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import COMPLETION, COMPLETIONS, TOKENS, completion_id, sample_seed
 

@@ -15,7 +15,8 @@ from dpo_ray.config import PreferenceRun, Preferences
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.render import cached_tokenizer, render
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import DROP_REASON, Grain, Part, Tasks, map_parts, mark_dropped, run_parts
+from dpo_ray.flow.part_commits import DROP_REASON, Grain, Part
+from dpo_ray.flow.parts import Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, TOKENS
 

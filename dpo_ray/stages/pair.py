@@ -16,7 +16,8 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from dpo_ray.config import Pair, RunConfig
-from dpo_ray.flow.parts import DROP_REASON, PART, Grain, Tasks, map_parts, run_parts, split_into_parts
+from dpo_ray.flow.part_commits import DROP_REASON, PART, Grain
+from dpo_ray.flow.parts import Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import PREFERENCES, content_id
 

@@ -11,7 +11,8 @@ import functools
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import StageError
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Part, split_into_parts
+from dpo_ray.flow.part_commits import Part
+from dpo_ray.flow.parts import split_into_parts
 from dpo_ray.flow.stage import Needs, Stage
 from dpo_ray.intake_files import take_in_files
 from dpo_ray.prompts import read_prompts, source_fingerprint

@@ -19,7 +19,8 @@ from dpo_ray.config import ActorResources, Run
 from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.errors import StageError
 from dpo_ray.flow.artifact import read_table, write_table
-from dpo_ray.flow.parts import Actors, Grain, Part, Slice, Tasks, map_parts, run_parts, split_into_parts
+from dpo_ray.flow.part_commits import Grain, Part, Slice
+from dpo_ray.flow.parts import Actors, Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.learn import LOGPS_VERSION
 from dpo_ray.logps_actor import COMPUTED, How, LogpsActor

@@ -16,7 +16,8 @@ from ray.data import Dataset
 
 from dpo_ray.config import DataResources, FunctionScore, RewardModelScore, RunConfig
 from dpo_ray.errors import StageError
-from dpo_ray.flow.parts import Actors, Grain, Tasks, map_parts, run_parts, split_into_parts
+from dpo_ray.flow.part_commits import Grain
+from dpo_ray.flow.parts import Actors, Tasks, map_parts, run_parts, split_into_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import SCORED, SCORED_COMPLETION
 from dpo_ray.scorers.function import call, function_sources, load_function

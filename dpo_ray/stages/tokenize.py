@@ -17,7 +17,8 @@ from dpo_ray.engines.policies import PolicyRef, policy_ref
 from dpo_ray.engines.render import cached_tokenizer
 from dpo_ray.errors import ConfigError
 from dpo_ray.flow.artifact import Artifact
-from dpo_ray.flow.parts import Grain, Part, Tasks, map_parts, mark_dropped, run_parts
+from dpo_ray.flow.part_commits import Grain, Part
+from dpo_ray.flow.parts import Tasks, map_parts, mark_dropped, run_parts
 from dpo_ray.flow.stage import Needs, Stage, StageContext, StageOutput
 from dpo_ray.schemas import TOKENS, TURNS, content_id
 

@@ -12,19 +12,8 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from dpo_ray.errors import ConfigError, SchemaError, StageError
 from dpo_ray.flow import parts
-from dpo_ray.flow.parts import (
-    DROP_REASON,
-    PART,
-    Actors,
-    Grain,
-    Part,
-    Slice,
-    Tasks,
-    map_parts,
-    mark_dropped,
-    run_parts,
-    split_into_parts,
-)
+from dpo_ray.flow.part_commits import DROP_REASON, PART, Grain, Part, Slice
+from dpo_ray.flow.parts import Actors, Tasks, map_parts, mark_dropped, run_parts, split_into_parts
 
 from ..artifacts import commit_tables, context, kept, quarantined
 from ..conftest import LABELS
