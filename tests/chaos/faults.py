@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import psutil
 
+from ..processes import family, titled
 from ..runs.conftest import Cluster
 from .rounds import PART, PROMPTS, Running
 
@@ -66,36 +67,12 @@ class Moment:
 
 def pids(cluster: Cluster, part_of_title: str) -> list[int]:
     """Workers below the head whose title has this, such as EngineActor; those of other nodes: see `actors`."""
-    return [p.pid for p in processes(cluster.pid) if part_of_title in title(p)]
+    return [process.pid for process in titled(part_of_title, pid=cluster.pid)]
 
 
 def actors(cluster: Cluster, name: str) -> dict[int, str]:
     """Process and node of each living actor of a class, on any node."""
     return {a.pid: a.node_id for a in cluster.state("actors") if name in a.class_name and a.state == "ALIVE" and a.pid}
-
-
-def processes(pid: int) -> list[psutil.Process]:
-    """A process and all below it that live."""
-    try:
-        first = psutil.Process(pid)
-        found = [first, *first.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-    return [p for p in found if alive(p)]
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def kill(pid: int) -> None:
@@ -106,11 +83,11 @@ def kill(pid: int) -> None:
 
 def kill_below(pid: int) -> None:
     """SIGKILL to a process and all below it, as when a machine loses power: `ray start --block` is above its whole node."""
-    for process in processes(pid):
+    for process in family(pid):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def raylet_below(pid: int) -> int:
-    (found,) = [p.pid for p in processes(pid) if p.name() == "raylet"]
+    (found,) = [p.pid for p in family(pid) if p.name() == "raylet"]
     return found

@@ -48,6 +48,17 @@ def config(directory: Path, policy: str, *, workers: int | tuple[int, int] = 2, 
     return tree
 
 
+ONE_A_NODE = 1.5
+"""CPUs of an engine or worker, of the two that a node has."""
+
+
+def spread_out(directory: Path, policy: str, *, workers: int | tuple[int, int] = 2) -> dict[str, Any]:
+    """The round with its two engines, and its workers, on different nodes."""
+    tree = config(directory, policy, engines=2, workers=workers)
+    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = ONE_A_NODE
+    return tree
+
+
 class Running:
     """A command on a run, which goes on while the test looks at what it has committed."""
 

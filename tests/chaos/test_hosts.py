@@ -13,7 +13,7 @@ from ..runs.command import preference_round, write_jsonl
 from ..runs.conftest import Cluster, start_cluster
 from .faults import SOON, Fault, Moment, actors
 from .hosts import Host, hosts, missing
-from .rounds import Running, assert_every_pair_was_seen_once_an_epoch, config, hashes, running
+from .rounds import ONE_A_NODE, Running, assert_every_pair_was_seen_once_an_epoch, hashes, running, spread_out
 
 pytestmark = pytest.mark.chaos
 SIZE = ("--memory=2000000000", "--object-store-memory=100000000")
@@ -41,13 +41,6 @@ def head(machines: list[Host]) -> Iterator[Cluster]:
 def join(stack: ExitStack, cluster: Cluster, *joining: Host) -> None:
     for host in joining:
         stack.enter_context(cluster.join("--num-cpus=2", *SIZE, on=host.on, address=host.address))
-
-
-def spread_out(directory: Path, policy: str, **options: Any) -> dict[str, Any]:
-    """One engine or worker a host: each needs more than half of the two CPUs."""
-    tree = config(directory, policy, engines=2, **options)
-    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = 1.5
-    return tree
 
 
 def host_of(pid: int, machines: list[Host]) -> Host:
@@ -79,7 +72,7 @@ def test_round_that_loses_two_hosts_and_is_cut_off_from_one_in_train_ends_in_the
     with ExitStack() as stack:
         join(stack, head, *machines[1:])
         tree = spread_out(tmp_path, policy.path)
-        tree["reference"]["resources"] |= {"actors": 2, "cpus": 1.5}
+        tree["reference"]["resources"] |= {"actors": 2, "cpus": ONE_A_NODE}
         run = stack.enter_context(running(head, tmp_path, tree, on=machines[0].on))
         run.wait_for(lambda: len(run.parts("generate")) >= 2)
         lost = hosts_of(head, "EngineActor", machines)[0]

@@ -11,21 +11,13 @@ import pytest
 
 from dpo_ray.engines.policies import PolicyRef
 
+from ..processes import family
 from ..runs.conftest import Cluster, start_cluster
-from .faults import SOON, Fault, Moment, actors, kill, kill_below, processes, raylet_below
-from .rounds import assert_every_pair_was_seen_once_an_epoch, config, hashes, running
+from .faults import SOON, Fault, Moment, actors, kill, kill_below, raylet_below
+from .rounds import assert_every_pair_was_seen_once_an_epoch, config, hashes, running, spread_out
 
 pytestmark = pytest.mark.chaos
 SIZE = ("--num-cpus=2", "--memory=2000000000", "--object-store-memory=100000000")
-ONE_A_NODE = 1.5
-"""CPUs of an engine or worker, of the two that a node has."""
-
-
-def spread_out(directory: Path, policy: str, engines: int = 2) -> dict:
-    """The round with its engines, and its two workers, on different nodes."""
-    tree = config(directory, policy, engines=engines)
-    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = ONE_A_NODE
-    return tree
 
 
 def new_cluster() -> Iterator[Cluster]:
@@ -57,7 +49,7 @@ def impatient() -> Iterator[Cluster]:
 
 def node_of(pid: int, nodes: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
     """The node, of these that the test started, that has this process."""
-    (found,) = [node for node in nodes if pid in [p.pid for p in processes(node.pid)]]
+    (found,) = [node for node in nodes if pid in [p.pid for p in family(node.pid)]]
     return found
 
 
@@ -99,7 +91,7 @@ def test_round_whose_head_is_killed_goes_on_from_its_root_on_another_cluster(
         run.trains()
         assert len(actors(head, "RayTrainWorker")) == 2
         moment = Moment(run, "train", "kill -9 of head and driver, new cluster")
-        still = [process for node in old for process in processes(node.pid)]
+        still = [process for node in old for process in family(node.pid)]
         each(still, "suspend")
         run.kill()
         kill_below(head.pid)

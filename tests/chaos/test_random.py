@@ -10,9 +10,10 @@ import pytest
 
 from dpo_ray.engines.policies import PolicyRef
 
+from ..processes import family, title
 from ..runs.conftest import Cluster, start_cluster
-from .faults import SOON, Fault, Moment, kill, processes, raylet_below, title
-from .rounds import config, hashes, running
+from .faults import SOON, Fault, Moment, kill, raylet_below
+from .rounds import ONE_A_NODE, config, hashes, running
 
 pytestmark = pytest.mark.chaos
 FAULTS, PAUSE_S = 3, (2.0, 14.0)
@@ -30,7 +31,7 @@ def head() -> Iterator[Cluster]:
 
 def at_work(cluster: Cluster, nodes: list[subprocess.Popen[bytes]]) -> list[tuple[str, int]]:
     """Name and pid of every process that has a task or an actor: on the nodes, and on the head, where the driver is."""
-    every = [process for pid in (cluster.pid, *(node.pid for node in nodes)) for process in processes(pid)]
+    every = [process for pid in (cluster.pid, *(node.pid for node in nodes)) for process in family(pid)]
     named = [(title(process).split(" ")[0], process.pid) for process in every]
     return sorted((name, pid) for name, pid in named if name.startswith("ray::") and name not in RAYS_OWN)
 
@@ -40,7 +41,7 @@ def test_round_under_random_faults_ends_in_the_same_policy(
 ) -> None:
     chance = random.Random(seed)
     tree = config(tmp_path, policy.path, engines=2)
-    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = 1.5  # one a node
+    tree["generate"]["resources"]["cpus"] = tree["train"]["resources"]["cpus"] = ONE_A_NODE
     with ExitStack() as stack:
         nodes = [stack.enter_context(head.join("--num-cpus=2", *MEMORY)) for _ in range(3)]
         run = stack.enter_context(running(head, tmp_path, tree))

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 
 from dpo_ray.quickstart.policy import build_policy
 
+from ..processes import family, title
 from ..waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,14 +64,7 @@ class Cluster(NamedTuple):
 
     def processes(self) -> list[str]:
         """Titles of the cluster's processes; that of a worker says which task or actor runs in it."""
-        found = []
-        for process in psutil.Process(self.pid).children(recursive=True):
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return [title(process) for process in family(self.pid)[1:]]
 
     def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python pipelines/full_round.py ...`, from the checkout."""

@@ -15,13 +15,12 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dpo_ray.flow import runner
 from dpo_ray.flow.progress import Progress
 from pipelines import full_round
+from tests.processes import titled
 
 
 class Kill(NamedTuple):
@@ -47,8 +46,8 @@ def reach(stage: str, point: str) -> None:
 
 def carry_out(kill: Kill) -> None:
     with carrying_out:
-        pid = os.getpid() if kill.victim == "driver" else find(kill.victim)
-        if kill not in WANTED or pid is None:
+        pids = [os.getpid()] if kill.victim == "driver" else [process.pid for process in titled(kill.victim)]
+        if kill not in WANTED or not pids:
             return
         WANTED.remove(kill)
         with LOG.open("a") as log:
@@ -57,17 +56,7 @@ def carry_out(kill: Kill) -> None:
     if kill.victim == "driver" and number == signal.SIGINT:
         os.killpg(os.getpgrp(), number)
     else:
-        os.kill(pid, number)
-
-
-def find(title: str) -> int | None:
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                return process.pid
-        except psutil.NoSuchProcess:
-            continue
-    return None
+        os.kill(pids[0], number)
 
 
 class Watch(threading.Thread):

@@ -5,15 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
 from ..conftest import NUM_CPUS
+from ..processes import titled
 from ..waiting import wait_until
 from .command import Command, sampled_round, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle_ray")]
+ENGINE = ("EngineActor", "Companion", "vllm", "VLLM")
+"""In the titles of its processes."""
 SCORER = """
 def score(rows):
     return [float(len(r["completion"])) for r in rows]
@@ -44,20 +46,7 @@ def assert_refused(command: Command, policy: Path, *facts: str, until: str) -> N
     err = command.refused("--until", until, kind="StageError")
     assert [f for f in (f"the vllm engine could not load {policy}: ", *facts, "See ") if f not in err] == []
     assert len(err.strip().splitlines()) == 1, err
-    wait_until(lambda: ray.available_resources().get("CPU") == NUM_CPUS and left() == [])
-
-
-def left() -> list[str]:
-    """Titles of the engine processes below this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if any(name in title for name in ("EngineActor", "Companion", "vllm", "VLLM")):
-            found.append(title)
-    return found
+    wait_until(lambda: ray.available_resources().get("CPU") == NUM_CPUS and not titled(*ENGINE))
 
 
 @pytest.mark.parametrize(

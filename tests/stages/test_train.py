@@ -7,7 +7,6 @@ import shutil
 import signal
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -33,6 +32,7 @@ from dpo_ray.train_worker import plan_steps
 
 from ..artifacts import commit, commit_policy, commit_tables, context
 from ..learn import tiny
+from ..processes import titled
 from ..test_config import minimal
 from ..test_train_log import points
 from . import rows
@@ -143,18 +143,11 @@ def killed(fit, tmp_path_factory, policy):
 
     def kill(done):
         if done > 150 and not victims:
-            victims.append(next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title(p)))
+            victims.append(titled("RayTrainWorker")[0])
             os.kill(victims[0].pid, signal.SIGKILL)
 
     run(directory, policy, (1, 2), "f2", progress=kill, cpus=3, **LONG)
     return directory, victims
-
-
-def title(process):
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
 
 
 def run(directory, policy, workers, fingerprint="f1", progress=None, table=None, **options):
