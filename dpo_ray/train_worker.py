@@ -26,6 +26,18 @@ def run_worker(arguments: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
+    from dpo_ray.train_state import check_ours
+
+    model, where = _train(arguments)  # states and gradients end there: a writer of the export gathers whole files of weights
+    check_ours(where)
+    _export(model, arguments["policy"], arguments["directory"], ray.train.get_context().get_world_rank())
+    dist.barrier()
+
+
+def _train(arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Take the steps that are left, and save; return the model, and where its checkpoints lie."""
+    import ray.train
+
     from dpo_ray import train_saving, train_state
     from dpo_ray.learn import speed
     from dpo_ray.train_objectives import open_work
@@ -85,9 +97,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
                 board.put.remote(plan.rows_before(done), num_rows, {**seen, "tokens": tokens})
             save(done, lines, done in urgent)
             started = time.perf_counter()
-    train_state.check_ours(where)
-    _export(model, start, directory, rank)
-    dist.barrier()
+    return model, where
 
 
 def _set_up(config: Run) -> Any:
