@@ -336,6 +336,26 @@ def test_run_parts_part_above_the_size_of_a_block_is_refused_before_the_work(tmp
     assert run(tmp_path, source, mapped(doubled), parts=[Part("part-00000", (Slice(source.uri(source.tables()[0]), 0, 1),))])
 
 
+class Refusing:
+    def __init__(self, error):
+        raise error
+
+
+@real
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (ConfigError("score.model m: it has 2 labels"), ConfigError, "score.model m: it has 2 labels"),
+        (KeyError("no such key"), StageError, "double: KeyError: 'no such key'"),
+    ],
+    ids=["own", "other"],
+)
+def test_run_parts_error_of_an_actors_constructor_comes_out_as_raised(tmp_path, source, raised, kind, message):
+    with pytest.raises(kind) as error:
+        run(tmp_path, source, lambda ds: map_parts(ds, Refusing, Actors(1, 1, 1.0, 0.0), raised))
+    assert str(error.value) == message
+
+
 class Doubler:
     def __call__(self, table):
         return doubled(table)
