@@ -31,3 +31,15 @@ class ResourceError(DpoRayError):
 
 class NonFiniteLossError(DpoRayError):
     """A loss or gradient is not a number; training stopped before it could spread."""
+
+
+def raised_last(traceback: str) -> DpoRayError | str:
+    """What a traceback ends in: one of these errors, as it was raised; of any other the last line.
+
+    Ray hands over as text alone what the constructor of an actor raised.
+    """
+    line = traceback.strip().splitlines()[-1].strip().rstrip(".")
+    name, _, message = line.partition(": ")
+    module, _, kind = name.rpartition(".")
+    own = globals().get(kind) if module == __name__ else None
+    return own(message) if isinstance(own, type) else line

@@ -17,7 +17,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 from dpo_ray.engines.policies import PolicyRef
 from dpo_ray.engines.render import Rendered, render
 from dpo_ray.engines.requests import EngineSettings, Request, Sample
-from dpo_ray.errors import StageError
+from dpo_ray.errors import StageError, raised_last
 
 START_RETRIES = 2
 MAX_CAUSE_CHARS = 600
@@ -136,9 +136,7 @@ def start_engine(settings: EngineSettings, policy: PolicyRef) -> Any:
 
 def load_failure(error: RayActorError) -> str | None:
     """Why an engine did not load, from the traceback that Ray hands over as text; None if that is not why it is dead."""
-    text = str(error).strip()
-    last = text.splitlines()[-1].strip().removeprefix(f"{StageError.__module__}.{StageError.__name__}: ")
-    return last.rstrip(".") if "creation task" in text else None
+    return str(raised_last(str(error))) if "creation task" in str(error) else None
 
 
 class Companion:

@@ -2,8 +2,8 @@
 
 A part is a fixed, keyed set of rows. `run_parts` makes one block per part (one map task per part descriptor, never
 `read_parquet` over many files, which merges small ones), runs the stage's function on the Dataset, and lets a sink task
-write and commit each part: rows with a DROP_REASON to quarantine/, the rest conformed to the stage's schema, then
-`_parts/<part>.json`, which is the part's commit. Resume is an anti-join over those records.
+write and commit each part (part_commits): rows with a DROP_REASON to quarantine/, the rest conformed to the stage's schema,
+then `_parts/<part>.json`, which is the part's commit. Resume is an anti-join over those records.
 
 A stage never removes a row: it marks DROP_REASON, so every part reaches the sink, and the sink checks that every id that
 went in came out once or was dropped by reason.
@@ -21,8 +21,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
-from dpo_ray import errors
-from dpo_ray.errors import DpoRayError, StageError
+from dpo_ray.errors import DpoRayError, StageError, raised_last
 from dpo_ray.flow.artifact import Artifact
 from dpo_ray.flow.fingerprint import fingerprint
 from dpo_ray.flow.part_commits import (
@@ -175,14 +174,6 @@ def map_parts(ds: Dataset, work: Any, how: Tasks | Actors, *constructor_args: An
     return ds.map_batches_internal(work, batch_size=None, batch_format="pyarrow", **options)
 
 
-def _raised_at_start(last_line: str, stage: str) -> DpoRayError:
-    """What the constructor of an actor raised, of which Ray hands over the traceback as text alone."""
-    name, _, message = last_line.rstrip(".").partition(": ")
-    module, _, kind = name.rpartition(".")
-    own = getattr(errors, kind, None) if module == errors.__name__ else None
-    return own(message) if own else StageError(f"{stage}: {name}: {message}")
-
-
 def _tasks_beside_actors() -> int:
     """How many loads, and how many sinks, run at a time: a few, because each is a process to start and they are short."""
     return max(2, int(ray.cluster_resources().get("CPU", 0)) // 4)
@@ -198,8 +189,9 @@ def mark_dropped(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
 def first_cause(error: BaseException, stage: str) -> DpoRayError:
     """Our own error inside Ray's wrappings as it was raised; any other as a StageError that names its kind."""
     if isinstance(error, WorkerCrashedError | RayActorError) and not isinstance(error, RayTaskError):
-        if (text := str(error).strip()) and "creation task" in text:
-            return _raised_at_start(text.splitlines()[-1].strip(), stage)
+        if "creation task" in str(error):
+            raised = raised_last(str(error))
+            return raised if isinstance(raised, DpoRayError) else StageError(f"{stage}: {raised}")
         return StageError(
             f"{stage}: its process died more than {MAX_DEATHS} times at the same rows: {str(error).splitlines()[0]} The usual "
             "reasons are too little memory, and a crash in native code of the model or function; see Ray's worker logs"

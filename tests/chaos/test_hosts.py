@@ -107,7 +107,7 @@ def test_training_across_hosts_whose_own_names_are_loopback_addresses(policy: Po
     rows = [{"prompt": f"w10 w{11 + i}", "chosen": f"w50 w{20 + i}", "rejected": f"w60 w{30 + i}"} for i in range(24)]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     tree: dict[str, Any] = preference_round(tmp_path, policy.path) | {"name": "run"}
-    tree["train"] |= {"resources": {"workers": 2, "cpus": 1.5}, "max_setup_failures": 0}
+    tree["train"] |= {"resources": {"workers": 2, "cpus": ONE_A_NODE}, "max_setup_failures": 0}
     with hosts(3, own_name="127.0.1.1") as machines, ExitStack() as stack:
         first = machines[0]
         head = contextmanager(start_cluster)("--num-cpus=0", *SIZE, on=first.on, address=first.address)

@@ -14,7 +14,7 @@ import yaml
 from dpo_ray.engines.policies import PolicyRef
 
 from ..runs.conftest import Cluster, start_cluster
-from .rounds import config, hashes
+from .rounds import ONE_A_NODE, config, hashes
 
 pytestmark = pytest.mark.chaos
 TOKEN = uuid.uuid4().hex + uuid.uuid4().hex
@@ -58,7 +58,7 @@ def test_round_submitted_with_the_token_trains_on_two_nodes(
     guarded: Cluster, undisturbed: Path, policy: PolicyRef, tmp_path: Path
 ) -> None:
     tree = config(tmp_path, policy.path)
-    tree["root"], tree["train"]["resources"]["cpus"] = str(tmp_path / "root"), 1.5
+    tree["root"], tree["train"]["resources"]["cpus"] = str(tmp_path / "root"), ONE_A_NODE
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     done = guarded.submit(str(tmp_path / "run.yaml"), "--until", "train", timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

@@ -37,6 +37,7 @@ from ..test_config import minimal
 from ..test_train_log import points
 from . import rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as a worker with one CPU sums, to which a loop in this process is compared
 PAIRS = tiny.build_pairs(10, seed=1)
 BLOCK = {"beta": 0.1, "learning_rate": 2e-3, "global_batch_size": 4, "max_batch_tokens": 64, "epochs": 2, "dtype": "float32"}
 BLOCK |= {"checkpoint_steps": 4}  # of 6 steps
@@ -220,7 +221,7 @@ def check_same_steps(got, plain):
     for metric in ("loss", "grad_norm", "learning_rate", "num_tokens", "logps/chosen"):
         np.testing.assert_allclose([m[metric] for m in got], [m[metric] for m in plain], rtol=1e-5, err_msg=metric)
     kl = [[m["kl_ref_to_policy"] for m in metrics] for metrics in (got, plain)]
-    np.testing.assert_allclose(*kl, atol=2e-5)  # measured 1.3e-5: a difference near 0 of log-probabilities near -30
+    np.testing.assert_allclose(*kl, atol=1e-5)  # a difference near 0 of log-probabilities near -30
 
 
 def test_train_logs_progress_tokens_and_speed_of_every_step(fit, killed):
