@@ -7,7 +7,8 @@ Four bars, each a ratio of two arms that take the same steps on the same pairs, 
 overhead     the train stage, one worker, against the same loop (`dpo_steps`) in a plain process: at most 3 % more time
 scaling      2 workers with 1 thread each against 1 worker with 2: at least 0.9 of the tokens/s
 checkpoints  a run that saves every 20 steps against one that never does: at most 5 % more time
-memory       peak of a worker of 2 against that of 1, for a policy whose states dominate: at most 0.65
+memory       peak of a worker of 2 against that of 1, for a policy whose states dominate: at most 0.65. Shown beside it, with
+             a heap that keeps nothing of what is freed
 
 Times are of steps in the steady state, from the end of one to the end of the next: start-up, load and export are not in
 them. Every run is in processes of its own, on a Ray of its own; arms take turns, forwards and backwards. A bar is met where
@@ -40,6 +41,8 @@ from train_arms import Job  # noqa: E402
 BARS = ("overhead", "scaling", "checkpoints", "memory")
 MEMORY_STEPS, MEMORY_PAIRS, MEMORY_TOKENS = 4, 2, 16
 """Steps, pairs of a step, and tokens of each prompt and completion: next to nothing beside the states."""
+EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc gives freed tensors back at once. It is no setting to train with: pages that are fresh each time take long."""
 
 
 def in_process(job: Job) -> train_arms.Result:
@@ -104,10 +107,14 @@ def scaling(options: argparse.Namespace) -> list[train_table.Row]:
 def memory(options: argparse.Namespace) -> list[train_table.Row]:
     model = policy(options, options.memory_shape, options.vocabulary)
     pairs = dpo_work.equal_pairs(options.vocabulary, MEMORY_TOKENS, MEMORY_STEPS * MEMORY_PAIRS)
-    jobs = {name: Job(model, pairs, MEMORY_PAIRS, workers=n) for name, n in (("one", 1), ("two", 2))}
+    jobs = {
+        f"{name}{kind}": Job(model, pairs, MEMORY_PAIRS, workers=n, environment=environment)
+        for kind, environment in (("", {}), ("-exact", EXACT_HEAP))
+        for name, n in (("one", 1), ("two", 2))
+    }
     runs = in_turn(1, jobs, "memory")
     show(f"{options.memory_shape}, {MEMORY_PAIRS} pairs of {3 * MEMORY_TOKENS} tokens a step", runs, 1)
-    return [train_table.memory_row(runs)]
+    return train_table.memory_rows(runs)
 
 
 def show(title: str, runs: dict[str, list[Any]], warm: int) -> None:

@@ -33,10 +33,13 @@ class Job(NamedTuple):
     """Of each worker."""
     checkpoint_steps: int = NEVER
     """The stage always saves once more after the last step, which is behind all that is timed."""
+    environment: Mapping[str, str] = {}
+    """Of all processes of the run."""
 
 
 def run(job: Job, directory: str) -> Result:
     """Run one arm in this process, which has computed nothing yet and ends afterwards; `directory` is empty."""
+    os.environ |= job.environment
     return stage(job, directory) if job.workers else bare(job, directory)
 
 
@@ -46,13 +49,12 @@ def bare(job: Job, directory: str) -> Result:
     import torch
     import torch.distributed as dist
 
-    from dpo_ray.learn import dpo, heap, losses, matmul, meshes, objective, optim, probe, sharded_load
+    from dpo_ray.learn import dpo, losses, matmul, meshes, objective, optim, probe, sharded_load
     from dpo_ray.pair_table import PairTable, columns_of
     from dpo_ray.train_worker import plan_steps
 
     torch.set_num_threads(job.threads)
     matmul.float32_matmul_fast_path()
-    heap.give_back_large_tensors()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore
     block, pairs = config_of(job, directory).train, commit_pairs(job, directory)
     table = PairTable([pairs.uri(f) for f in pairs.tables()], columns_of(block), pairs.manifest.output_hash)

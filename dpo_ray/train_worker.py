@@ -105,13 +105,12 @@ def _set_up(config: Run) -> Any:
     import ray.train
     import torch
 
-    from dpo_ray.learn import heap, matmul
+    from dpo_ray.learn import matmul
 
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.train.resources.cpus)))
         matmul.float32_matmul_fast_path()
-        heap.give_back_large_tensors()
     else:
         torch.cuda.set_device(device)  # meshes and collectives take the current one
     torch.manual_seed(config.seed)

@@ -94,12 +94,14 @@ def test_a_stall_is_what_a_save_adds_between_two_steps():
 def test_memory_is_that_of_the_worse_worker():
     one = {"peaks": [4 * GIB], "step_peak": 2 * GIB, "losses": (0.7,)}
     two = {"peaks": [2 * GIB, int(2.6 * GIB)], "step_peak": GIB, "losses": (0.7,)}
-    runs = {"one": [one], "two": [two]}
-    row = train_table.memory_row(runs)
-    assert row.figures.startswith("2.60 and 4.00 GiB (before the last save 1.00 and 2.00): 0.650")
-    assert row.verdict == "<= 0.65: met"
+    runs = {"one": [one], "two": [two], "one-exact": [one], "two-exact": [one]}
+    plain, exact = train_table.memory_rows(runs)
+    assert plain.figures.startswith("2.60 and 4.00 GiB (before the last save 1.00 and 2.00): 0.650")
+    assert plain.verdict == "<= 0.65: met"
+    assert exact.figures.startswith("4.00 and 4.00 GiB (before the last save 2.00 and 2.00): 1.000")
+    assert exact.verdict == "-"
     two["peaks"][1] += GIB
-    assert train_table.memory_row(runs).verdict == "<= 0.65: NOT MET"
+    assert train_table.memory_rows(runs)[0].verdict == "<= 0.65: NOT MET"
 
 
 def test_nothing_is_compared_where_losses_differ():
