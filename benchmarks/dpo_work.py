@@ -35,6 +35,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
     },
+    "370m": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    },
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -43,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-"""Of `Qwen2Config`; 1b has 1.0 billion weights with a vocabulary of 151,936."""
+"""Of `Qwen2Config`; 1b has 1.0 billion weights with a vocabulary of 151,936, and 370m half of its layers."""
 
 
 class Pair(NamedTuple):

@@ -7,8 +7,8 @@ Four bars, each a ratio of two arms that take the same steps on the same pairs, 
 overhead     the train stage, one worker, against the same loop (`dpo_steps`) in a plain process: at most 3 % more time
 scaling      2 workers with 1 thread each against 1 worker with 2: at least 0.9 of the tokens/s
 checkpoints  a run that saves every 20 steps against one that never does: at most 5 % more time
-memory       peak of a worker of 2 against that of 1, for a policy whose states dominate: at most 0.65. Shown beside it, with
-             a heap that keeps nothing of what is freed
+memory       peak of a worker of 2 against that of 1, for a policy whose states dominate: at most 0.65. Shown beside it, a
+             smaller policy with layers below 32 MiB: glibc keeps what is freed of tensors below that size
 
 Times are of steps in the steady state, from the end of one to the end of the next: start-up, load and export are not in
 them. Every run is in processes of its own, on a Ray of its own; arms take turns, forwards and backwards. A bar is met where
@@ -41,8 +41,6 @@ from train_arms import Job  # noqa: E402
 BARS = ("overhead", "scaling", "checkpoints", "memory")
 MEMORY_STEPS, MEMORY_PAIRS, MEMORY_TOKENS = 4, 2, 16
 """Steps, pairs of a step, and tokens of each prompt and completion: next to nothing beside the states."""
-EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""glibc gives freed tensors back at once. It is no setting to train with: pages that are fresh each time take long."""
 
 
 def in_process(job: Job) -> train_arms.Result:
@@ -105,16 +103,15 @@ def scaling(options: argparse.Namespace) -> list[train_table.Row]:
 
 
 def memory(options: argparse.Namespace) -> list[train_table.Row]:
-    model = policy(options, options.memory_shape, options.vocabulary)
     pairs = dpo_work.equal_pairs(options.vocabulary, MEMORY_TOKENS, MEMORY_STEPS * MEMORY_PAIRS)
     jobs = {
-        f"{name}{kind}": Job(model, pairs, MEMORY_PAIRS, workers=n, environment=environment)
-        for kind, environment in (("", {}), ("-exact", EXACT_HEAP))
+        f"{name} {shape}": Job(policy(options, shape, options.vocabulary), pairs, MEMORY_PAIRS, workers=n)
+        for shape in options.memory_shapes
         for name, n in (("one", 1), ("two", 2))
     }
     runs = in_turn(1, jobs, "memory")
-    show(f"{options.memory_shape}, {MEMORY_PAIRS} pairs of {3 * MEMORY_TOKENS} tokens a step", runs, 1)
-    return train_table.memory_rows(runs)
+    show(f"{MEMORY_PAIRS} pairs of {3 * MEMORY_TOKENS} tokens a step", runs, 1)
+    return train_table.memory_rows(runs, options.memory_shapes)
 
 
 def show(title: str, runs: dict[str, list[Any]], warm: int) -> None:
@@ -130,8 +127,8 @@ def conditions(options: argparse.Namespace) -> str:
     return (
         f"{machine}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; Qwen2 {options.shape}, vocabulary "
         f"{options.vocabulary}, float32; {options.warm} steps of warm-up, then {small[0]} steps of {small[1]} pairs, "
-        f"{options.workers} worker(s), for scaling {large[0]} of {large[1]}; memory of Qwen2 {options.memory_shape}; "
-        f"{options.runs} runs of each arm, 1 for memory"
+        f"{options.workers} worker(s), for scaling {large[0]} of {large[1]}; memory of "
+        f"Qwen2 {' and '.join(options.memory_shapes)}; {options.runs} runs of each arm, 1 for memory"
     )
 
 
@@ -146,7 +143,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--workers", type=int, default=1, help="with 1 thread each, of --only checkpoints")
     parser.add_argument("--shape", choices=list(dpo_work.SHAPES), default="tiny", help="of the policy")
-    parser.add_argument("--memory-shape", choices=list(dpo_work.SHAPES), default="150m", help="of the policy for memory")
+    shapes = {"nargs": "+", "choices": list(dpo_work.SHAPES), "default": ["370m", "150m"]}
+    parser.add_argument("--memory-shapes", **shapes, help="of the policies for memory; the bar is for the first")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "dpo-ray-benchmark")
     parser.add_argument("--force", action="store_true", help="start on a busy machine all the same")

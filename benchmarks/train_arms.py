@@ -33,13 +33,10 @@ class Job(NamedTuple):
     """Of each worker."""
     checkpoint_steps: int = NEVER
     """The stage always saves once more after the last step, which is behind all that is timed."""
-    environment: Mapping[str, str] = {}
-    """Of all processes of the run."""
 
 
 def run(job: Job, directory: str) -> Result:
     """Run one arm in this process, which has computed nothing yet and ends afterwards; `directory` is empty."""
-    os.environ |= job.environment
     return stage(job, directory) if job.workers else bare(job, directory)
 
 

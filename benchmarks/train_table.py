@@ -84,19 +84,19 @@ def checkpoint_rows(runs: Runs, warm: int, every: int) -> list[Row]:
     ]
 
 
-def memory_rows(runs: Runs) -> list[Row]:
+def memory_rows(runs: Runs, shapes: Sequence[str]) -> list[Row]:
     """Peaks of whole worker processes, from their start to the end of the export; and what they were up to the last step."""
     rows = []
-    for kind, heap in (("", ""), ("-exact", ", heap that keeps nothing freed")):
-        arms = (f"one{kind}", f"two{kind}")
+    for shape in shapes:
+        arms = (f"one {shape}", f"two {shape}")
         one, two = (min(max(result["peaks"]) for result in runs[arm]) for arm in arms)
         steps = [min(result["step_peak"] for result in runs[arm]) / GIB for arm in arms]
         rows.append(
             _row(
-                f"peak memory of a worker, with 2 workers against 1{heap}",
+                f"peak memory of a worker, with 2 workers against 1, {shape}",
                 f"{two / GIB:.2f} and {one / GIB:.2f} GiB (before the last save {steps[1]:.2f} and {steps[0]:.2f})",
                 [f"{two / one:.3f}"],
-                "-" if kind else judge(two / one <= MAX_MEMORY, f"<= {MAX_MEMORY:g}"),
+                judge(two / one <= MAX_MEMORY, f"<= {MAX_MEMORY:g}") if shape == shapes[0] else "-",
                 runs,
                 arms,
             )

@@ -94,14 +94,14 @@ def test_a_stall_is_what_a_save_adds_between_two_steps():
 def test_memory_is_that_of_the_worse_worker():
     one = {"peaks": [4 * GIB], "step_peak": 2 * GIB, "losses": (0.7,)}
     two = {"peaks": [2 * GIB, int(2.6 * GIB)], "step_peak": GIB, "losses": (0.7,)}
-    runs = {"one": [one], "two": [two], "one-exact": [one], "two-exact": [one]}
-    plain, exact = train_table.memory_rows(runs)
-    assert plain.figures.startswith("2.60 and 4.00 GiB (before the last save 1.00 and 2.00): 0.650")
-    assert plain.verdict == "<= 0.65: met"
-    assert exact.figures.startswith("4.00 and 4.00 GiB (before the last save 2.00 and 2.00): 1.000")
-    assert exact.verdict == "-"
+    runs = {"one 1b": [one], "two 1b": [two], "one tiny": [one], "two tiny": [one]}
+    large, small = train_table.memory_rows(runs, ["1b", "tiny"])
+    assert large.figures.startswith("2.60 and 4.00 GiB (before the last save 1.00 and 2.00): 0.650")
+    assert large.verdict == "<= 0.65: met"
+    assert small.figures.startswith("4.00 and 4.00 GiB (before the last save 2.00 and 2.00): 1.000")
+    assert small.verdict == "-"
     two["peaks"][1] += GIB
-    assert train_table.memory_rows(runs)[0].verdict == "<= 0.65: NOT MET"
+    assert train_table.memory_rows(runs, ["1b", "tiny"])[0].verdict == "<= 0.65: NOT MET"
 
 
 def test_nothing_is_compared_where_losses_differ():
