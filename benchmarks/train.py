@@ -1,6 +1,6 @@
 """What Ray Train, a second worker and checkpoints cost the training of a policy, on a CPU.
 
-    python benchmarks/train.py [--only overhead scaling checkpoints memory] [--runs 2]
+    python benchmarks/train.py [--only overhead scaling checkpoints memory] [--runs 5]
 
 Four bars, each a ratio of two arms that take the same steps on the same pairs, which their losses must show:
 
@@ -12,8 +12,9 @@ memory       peak of a worker of 2 against that of 1, for a policy whose states 
 
 Times are of steps in the steady state, from the end of one to the end of the next: start-up, load and export are not in
 them. Every run is in processes of its own, on a Ray of its own; arms take turns, forwards and backwards. A bar is met where
-the medians of the runs meet it and the quietest runs too (`--runs 2`: about 10 minutes on 2 cores). HH-RLHF is found by
-$DPO_RAY_TEST_DATA, else lengths are drawn. The command refuses to start on a busy machine.
+the medians of the runs meet it and the quietest runs too (`--runs 5`: about 30 minutes on 2 cores; two runs of one arm
+differ by up to 5 %). HH-RLHF is found by $DPO_RAY_TEST_DATA, else lengths are drawn. The command refuses to start on a busy
+machine.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def conditions(options: argparse.Namespace) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=BARS, choices=BARS)
-    parser.add_argument("--runs", type=int, default=2, help="runs of each arm")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each arm")
     steps = {"nargs": 2, "type": int, "metavar": ("STEPS", "PAIRS")}
     parser.add_argument("--small", **steps, default=[60, 8], help="timed steps and their pairs: overhead, checkpoints")
     parser.add_argument("--large", **steps, default=[16, 32], help="timed steps and their pairs: scaling")
