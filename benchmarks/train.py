@@ -12,9 +12,9 @@ memory       peak of a worker of 2 against that of 1, for a policy whose states 
 
 Times are of steps in the steady state, from the end of one to the end of the next: start-up, load and export are not in
 them. Every run is in processes of its own, on a Ray of its own; arms take turns, forwards and backwards. A bar is met where
-the medians of the runs meet it and the quietest runs too (`--runs 5`: about 30 minutes on 2 cores; two runs of one arm
-differ by up to 5 %). HH-RLHF is found by $DPO_RAY_TEST_DATA, else lengths are drawn. The command refuses to start on a busy
-machine.
+the medians of the runs meet it and the quietest runs too. Runs of one arm differed by up to 11 % on 2 cores, where `--runs 2`
+takes 16 minutes: a bar of a few per cent needs more of them. HH-RLHF is found by $DPO_RAY_TEST_DATA, else lengths are drawn.
+The command refuses to start on a busy machine.
 """
 
 from __future__ import annotations
